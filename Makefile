@@ -1,0 +1,43 @@
+# make demo    set up, then the whole method on the built-in phantom, with a report under runs/demo
+# make test    set up, then linters and tests
+# make lint    set up, then ruff and mypy
+# make setup   only set up: a virtual environment in .venv, or in VENV=...; PYTHON=python3.12 picks the interpreter
+# make clean   remove what was built, not what was installed or produced
+
+VENV := .venv
+PYTHON :=
+EXTRAS := train,test,dicom
+
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+INSTALLED := $(VENV)/.installed
+NATIVE := $(shell find csrc -type f)
+
+.PHONY: setup demo test lint clean
+
+setup: $(INSTALLED)
+
+$(VENV)/bin/pip:
+	@.ci/venv $(VENV) $(PYTHON)
+
+# Without build isolation the extension is compiled by the pinned tools, and can later see the torch that it is for.
+# cldf_fast/__init__.py holds the version.
+$(INSTALLED): Makefile pyproject.toml setup.py constraints.txt cldf_fast/__init__.py $(NATIVE) | $(VENV)/bin/pip
+	@echo "Setting up $(VENV): the first time this downloads PyTorch and takes some minutes."
+	@$(PIP) install -c constraints.txt setuptools pybind11
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: setup
+	@$(VENV)/bin/cldf-fast demo
+
+test: lint
+	@$(VENV)/bin/python -m pytest
+
+lint: setup
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/mypy
+
+clean:
+	@rm -rf build dist *.egg-info cldf_fast/_C.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@find cldf_fast kernels benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@rm -f $(INSTALLED)

@@ -1,0 +1,149 @@
+"""PNG and TIFF slices: read as stored or refused, never converted by guess; masks written in the input's format."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cldf_fast.data.base import Geometry
+from cldf_fast.data.grid import Array
+from cldf_fast.errors import DataError
+from cldf_fast.files import atomic_write
+
+MASK_ENDING, PROBABILITY_ENDING = "_mask", "_probability"
+
+_GREY = ("1", "L", "I;16", "I;16L", "I;16B", "I", "F")
+_IMAGE_MODES = (*_GREY, "RGB")
+# A palette's colours are for the eye; its indices are the classes.
+_MASK_MODES = (*_GREY, "P")
+_EXIF_ORIENTATION = 274
+_BITS_PER_SAMPLE = 258
+# Colours of classes 1, 2, ... in masks, repeated when they run out: red, green, blue, yellow, magenta, cyan.
+_COLOURS = ((230, 60, 50), (60, 180, 75), (65, 105, 225), (255, 210, 40), (200, 60, 200), (70, 220, 220))
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """PNG or TIFF files, one a slice, in natural name order; they carry no geometry.
+
+    format: "PNG" or "TIFF". mask: whether they hold classes, in which case lossy and colour files are refused.
+    """
+
+    format: str
+    files: tuple[Path, ...] = field(repr=False)
+    slice_names: tuple[str, ...]
+    mask: bool = False
+
+    @property
+    def geometry(self) -> Geometry:
+        """Not physical."""
+        return Geometry()
+
+    @property
+    def slice_ranks(self) -> tuple[int, ...]:
+        """Slices are in the order of the files."""
+        return tuple(range(len(self.files)))
+
+    def load(self) -> Array:
+        """The pixels [S, C, H, W] as stored, C = 1 (grey, or palette indices of a mask) or 3 (RGB)."""
+        slices = []
+        for path in self.files:
+            slices.append(_read(path, self.format, self.mask))
+            if slices[-1].shape != slices[0].shape:
+                raise DataError(
+                    f"{path}: {_describe(slices[-1])}, but {self.files[0].name} has {_describe(slices[0])}; "
+                    f"give the slices of one study"
+                )
+        return np.stack(slices)
+
+    def write(self, mask: Array, probability: Array | None, class_names: Sequence[str], out: Path) -> list[Path]:
+        """Write `<slice>_mask.<ext>` (8 bits, class indices with a palette) for every slice.
+
+        A probability goes to `<slice>_probability.<ext>`, of several classes to `<slice>_<class>_probability.<ext>`:
+        16-bit grey PNG with 65535 for 1, or float32 TIFF.
+        """
+        from PIL import Image
+
+        written = []
+        for index, (name, path) in enumerate(zip(self.slice_names, self.files, strict=True)):
+            classes = Image.fromarray(np.ascontiguousarray(mask[index]))
+            classes.putpalette(_palette())
+            written.append(self._save(classes, out / f"{name}{MASK_ENDING}{path.suffix}"))
+            if probability is not None:
+                for class_name, values in zip(class_names, probability[index], strict=True):
+                    part = "" if len(class_names) == 1 else "_" + re.sub(r"[^\w-]+", "_", class_name)
+                    target = out / f"{name}{part}{PROBABILITY_ENDING}{path.suffix}"
+                    written.append(self._save(Image.fromarray(self._levels(values)), target))
+        return written
+
+    def _levels(self, probability: Array) -> Array:
+        """Probabilities in the finest type that the format holds."""
+        if self.format == "PNG":
+            return np.rint(probability.astype(np.float64) * 65535).astype(np.uint16)
+        return np.ascontiguousarray(probability)
+
+    def _save(self, image: Any, path: Path) -> Path:
+        with atomic_write(path) as temporary:
+            image.save(temporary, format=self.format)
+        return path
+
+
+def _palette() -> list[int]:
+    colours = [(0, 0, 0), *(_COLOURS[index % len(_COLOURS)] for index in range(255))]
+    return [level for colour in colours for level in colour]
+
+
+def _describe(pixels: Array) -> str:
+    channels, rows, columns = pixels.shape
+    return f"{channels} channel{'s' if channels > 1 else ''} of {rows} x {columns} pixels"
+
+
+def _read(path: Path, expected: str, mask: bool) -> Array:
+    """One file as [C, H, W]."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            _check_file(image, path, expected, mask)
+            image.load()
+            pixels = np.asarray(image)
+    except DataError:
+        raise
+    except Exception as error:  # decoders raise errors of a dozen unrelated types on damaged bytes
+        raise DataError(f"{path}: truncated or corrupt {expected} file; copy or export it again") from error
+    return np.moveaxis(pixels, 2, 0) if pixels.ndim == 3 else pixels[None]
+
+
+def _check_file(image: Any, path: Path, expected: str, mask: bool) -> None:
+    lossy = "jpeg" in str(image.info.get("compression", "")).lower()
+    if mask and (image.format == "JPEG" or lossy):
+        raise DataError(f"{path}: JPEG compression is lossy and changes class values; save the mask as PNG or TIFF")
+    if image.format != expected:
+        raise DataError(f"{path}: named as {expected} but holds {image.format}; save it as {expected}")
+    if getattr(image, "n_frames", 1) > 1:
+        raise DataError(f"{path}: {image.n_frames} pages in one file; save one slice a file")
+    if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+        raise DataError(f"{path}: carries an EXIF rotation, which viewers treat differently; save it upright")
+    if image.mode not in (_MASK_MODES if mask else _IMAGE_MODES):
+        wanted = "grey levels or a palette of class indices" if mask else "grey levels or RGB without palette and alpha"
+        raise DataError(f"{path}: expected {wanted}, found Pillow mode {image.mode}; convert the file")
+    bits = _bits_per_sample(image, path)
+    if (image.mode == "RGB" and bits != 8) or (image.mode == "L" and bits < 8):
+        raise DataError(
+            f"{path}: {bits} bits a sample in {image.mode} would be rescaled on reading; "
+            f"save it with 8 bits, or as 16-bit grey"
+        )
+
+
+def _bits_per_sample(image: Any, path: Path) -> int:
+    """As stored in the file: Pillow scales other depths to 8 bits without a word."""
+    if image.format == "TIFF":
+        return int(max(image.tag_v2.get(_BITS_PER_SAMPLE, (8,))))
+    with path.open("rb") as file:
+        # The bit depth is byte 24 of every PNG: the header chunk must be the first.
+        return file.read(25)[24]

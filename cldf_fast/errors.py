@@ -1,0 +1,25 @@
+"""The errors that users meet: each message names what was wrong, what was expected and what to do, in one sentence."""
+
+
+class CLDFError(Exception):
+    """Base of every error that this package raises on purpose; the command line prints it without a traceback."""
+
+
+class DataError(CLDFError, ValueError):
+    """An input file or array can't be used: corrupt, truncated, of the wrong shape or geometry, not finite, constant."""
+
+
+class SplitError(DataError):
+    """A split is inconsistent: a patient in two parts, an unknown patient, an empty part."""
+
+
+class ConfigError(CLDFError, ValueError):
+    """A configuration value or combination of values is not allowed."""
+
+
+class CheckpointError(CLDFError, RuntimeError):
+    """A weights file or run directory is missing, incomplete, or does not fit the network it is loaded into."""
+
+
+class BackendError(CLDFError, RuntimeError):
+    """A backend was asked for by name and can't serve the input, or is not available on this machine."""

@@ -1,0 +1,51 @@
+"""Writing files so that a kill at any moment leaves the old file or the new one, never half of one."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path to write to; at the end of the block it is flushed to disk and takes the place of `path`.
+
+    The temporary file lies in the same folder (a rename is atomic only within one file system), is hidden, and keeps
+    the endings of `path`, because writers choose the format by them. Missing parent folders are made. If the block
+    raises, the temporary file is removed and `path` is left as it was; only a kill leaves the hidden file behind.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".partial-{secrets.token_hex(4)}-{path.name}")
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+        # The rename itself is lost in a power cut unless the folder is flushed too; Windows can't open folders.
+        if os.name == "posix":
+            _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def atomic_write_bytes(path: str | Path, data: bytes) -> None:
+    """Write data to path in one step: see `atomic_write`."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Write text to path as UTF-8, newlines as they are, in one step: see `atomic_write`."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def _flush(path: Path) -> None:
+    # Windows flushes only what is open for writing, POSIX opens folders only for reading.
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,85 @@
+"""The pixel decoder: diffusion features of a pixel -> an embedding of unit length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PixelDecoder(nn.Module):
+    """A multilayer perceptron on every pixel's features from several blocks.
+
+    The first layer is applied to each block at its native size and the results are resized and summed, which equals
+    resizing and concatenating the features first, because a 1x1 convolution commutes with bilinear resizing.
+
+    channels: of each feature map. hidden: width. embedding: D. dropout: between the layers, in training.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, channels: Sequence[int], *, hidden: int = 128, embedding: int = 64, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.channels = list(channels)
+        self.first = nn.Linear(sum(channels), hidden)
+        self.rest = nn.Sequential(
+            nn.LayerNorm(hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, hidden),
+            nn.LayerNorm(hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, embedding),
+        )
+        # Features of different blocks and levels differ in scale by orders of magnitude.
+        self.register_buffer("mean", torch.zeros(sum(channels)))
+        self.register_buffer("deviation", torch.ones(sum(channels)))
+
+    def standardise(self, features: Tensor) -> None:
+        """Set the input's mean and standard deviation from features [N, sum(channels)] of training pixels."""
+        self.mean.copy_(features.mean(dim=0))
+        self.deviation.copy_(features.std(dim=0).clamp_min(1e-4))
+
+    def points(self, features: Tensor) -> Tensor:
+        """Embeddings [..., D] of unit length of features [..., sum(channels)] that were read at single pixels."""
+        hidden = self.first((features - self.mean) / self.deviation)
+        return F.normalize(self.rest(hidden), dim=-1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The same as `points`; what data-parallel wrappers call."""
+        return self.points(features)
+
+    def at(self, features: Sequence[Tensor], pixels: Tensor, size: tuple[int, int]) -> Tensor:
+        """Embeddings [B, A, D] at pixels int64 [B, A] (flat, row * W + column) of an image of this size (H, W)."""
+        return self.points(read_at(features, pixels, size))
+
+    def dense(self, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Embeddings [B, D, H, W] of every pixel; features: one [B, channels[i], h_i, w_i] a block."""
+        weight = self.first.weight / self.deviation
+        hidden = (self.first.bias - weight @ self.mean).view(1, -1, 1, 1)
+        for block, columns in zip(features, weight.split(self.channels, dim=1), strict=True):
+            native = F.conv2d(block, columns[:, :, None, None])
+            hidden = hidden + F.interpolate(native, size, mode="bilinear", align_corners=False)
+        return F.normalize(self.rest(hidden.permute(0, 2, 3, 1)), dim=-1).permute(0, 3, 1, 2)
+
+
+def read_at(features: Sequence[Tensor], pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear reading of feature maps at pixels: equal to resizing every map to `size` and indexing.
+
+    features: one [B, C_i, h_i, w_i] a block. pixels: int64 [B, A], flat; negative ones (padding) read pixel 0.
+    Returns [B, A, sum C_i].
+    """
+    height, width = size
+    pixels = pixels.clamp_min(0)
+    row = (pixels // width + 0.5) * (2 / height) - 1
+    column = (pixels % width + 0.5) * (2 / width) - 1
+    grid = torch.stack([column, row], dim=-1).unsqueeze(2)
+    read = [
+        F.grid_sample(block, grid.to(block.dtype), mode="bilinear", padding_mode="border", align_corners=False)
+        for block in features
+    ]
+    return torch.cat(read, dim=1).squeeze(3).transpose(1, 2)

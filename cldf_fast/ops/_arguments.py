@@ -1,0 +1,58 @@
+"""Checks of what users hand to the operations. Shapes, dtypes and devices only: reading a value would synchronise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cldf_fast.errors import ConfigError, DataError
+
+_KINDS: dict[str, Callable[[torch.dtype], bool]] = {
+    "floating": lambda dtype: dtype.is_floating_point,
+    "integer": lambda dtype: not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool),
+}
+
+
+def describe(tensor: Tensor) -> str:
+    """Dtype, shape and device for an error message, such as "float32 [2, 3] on cpu"."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    dtype: Literal["floating", "integer"] | torch.dtype,
+    shape: tuple[str | int, ...],
+    like: Tensor | None = None,
+) -> None:
+    """Raise DataError unless the tensor has this dtype or kind of dtype, this shape, and the device of `like`.
+
+    shape: one entry an axis: a name for any size, a number for that size.
+    """
+    fits = tensor.ndim == len(shape) and all(
+        isinstance(expected, str) or size == expected for size, expected in zip(tensor.shape, shape, strict=True)
+    )
+    fits = fits and (_KINDS[dtype](tensor.dtype) if isinstance(dtype, str) else tensor.dtype == dtype)
+    if not fits or (like is not None and tensor.device != like.device):
+        wanted = f"{str(dtype).removeprefix('torch.')} [{', '.join(map(str, shape))}]"
+        place = "" if like is None else f" on {like.device}"
+        raise DataError(f"{name}: expected {wanted}{place}, got {describe(tensor)}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ConfigError unless the value is one of the choices."""
+    if value not in choices:
+        raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def seed_per_image(seed: int | Tensor, like: Tensor, batch: int) -> Tensor:
+    """A seed as int64 [batch] on the device of `like`; an int or a single element is the same for every image."""
+    if isinstance(seed, Tensor):
+        check_tensor("seed", seed, torch.int64, () if seed.ndim == 0 else (batch,), like)
+        return seed.expand(batch)
+    if not -(2**63) <= seed < 2**63:
+        raise ConfigError(f"seed: expected an integer of 64 bits with sign, got {seed}")
+    return torch.full((batch,), seed, dtype=torch.int64, device=like.device)

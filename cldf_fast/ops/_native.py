@@ -1,0 +1,33 @@
+"""Finds the compiled extension `cldf_fast._C`, or says in one sentence why there is none."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+EXTENSION = "cldf_fast._C"
+
+
+def load(name: str) -> tuple[ModuleType | None, str | None]:
+    """Import an extension module: (module, None), or (None, one sentence that says why not). Never raises."""
+    try:
+        return importlib.import_module(name), None
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            return None, f"not built: the extension {name} is absent; install again where a C++ compiler is found"
+        return None, f"not loaded: {name} needs the module {error.name}"
+    # A binary built for another torch or another machine fails with whatever its initialiser throws, not only with
+    # ImportError, and must still leave the package usable through the other backends.
+    except Exception as error:
+        first_line = next(iter(str(error).splitlines()), "")
+        return None, f"not loaded: {name} raised {type(error).__name__}: {first_line}; build it again on this machine"
+
+
+module, reason = load(EXTENSION)
+"""The extension and None, or None and the reason for its absence."""
+
+
+def build_record() -> dict[str, Any]:
+    """How the extension was built (compiler, torch, CUDA architectures); empty where there is no extension."""
+    return {} if module is None else dict(module.build_record())

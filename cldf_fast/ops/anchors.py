@@ -1,0 +1,97 @@
+"""Class-balanced anchor sampling: a fixed number of pixels of every class of every image, drawn without replacement."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cldf_fast.errors import ConfigError, DataError
+from cldf_fast.ops import _dispatch, reference
+from cldf_fast.ops._arguments import check_tensor, seed_per_image
+
+
+def sample_anchors(
+    labels: Tensor,
+    weight: Tensor | None = None,
+    *,
+    num_classes: int,
+    per_class: int,
+    seed: int | Tensor,
+    image_index: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Draw up to `per_class` pixels of every class from every image, without replacement, by an exponential race.
+
+    A pixel's arrival time depends on (seed, image_index, pixel) alone, never on the batch, the backend or the device.
+    The earliest `per_class` of a class are its anchors, in the order of arrival, so the first s of them are the draw
+    for per_class=s. Without weights the times are 32-bit integers compared exactly (ties: the lower pixel), and every
+    backend returns the same bits. With weights the times are exponential variates divided by the weight; they are drawn
+    in float64 and rounded once to float32, so that backends agree but for about one rounding in 2^28.
+
+    Args:
+        labels: [B, H, W], any integer dtype, H * W below 2^31. Class k where the label is k, 0 <= k < num_classes (0 is
+            background); any other label, such as -1 for ignore, is never drawn.
+        weight: [B, H, W], floating, or None for uniform. The chance of being drawn next is proportional to it. A pixel
+            whose weight is 0, negative or NaN is never drawn.
+        num_classes: K, background included; at least 1.
+        per_class: S, anchors for every image and class; at least 1.
+        seed: an integer, or int64 of shape [] or [B] on the device of `labels`, so that a CUDA graph can advance it.
+        image_index: int64 [B], the number that distinguishes an image from others of the same seed; arange(B) where
+            None. Hand in the global index, or zeros with a seed for every image, and a draw no longer depends on how
+            images were split into batches.
+        impl: a backend's name, or "auto" for the fastest that serves the input.
+
+    Returns:
+        indices: int64 [B, K, S], flat pixels row * W + column; -1 after the last.
+        counts: int64 [B, K], how many of the S were drawn: the smaller of S and the number of drawable pixels.
+
+    Raises:
+        DataError: a tensor's shape, dtype or device does not fit.
+        ConfigError: num_classes, per_class or seed is out of range.
+        BackendError: the backend that was asked for can't serve.
+    """
+    check_tensor("labels", labels, "integer", ("B", "H", "W"))
+    batch, height, width = labels.shape
+    if height * width >= 2**31:
+        raise DataError(f"labels: expected fewer than 2^31 pixels an image, got {height} x {width}; sample from tiles")
+    if weight is not None:
+        check_tensor("weight", weight, "floating", (batch, height, width), labels)
+        weight = weight.detach()
+    for name, value in (("num_classes", num_classes), ("per_class", per_class)):
+        if value < 1:
+            raise ConfigError(f"{name}: expected at least 1, got {value}")
+    if image_index is None:
+        image_index = torch.arange(batch, device=labels.device)
+    check_tensor("image_index", image_index, torch.int64, (batch,), labels)
+    seed = seed_per_image(seed, labels, batch)
+    return _sample_anchors(labels, weight, seed, image_index, num_classes, per_class, impl)
+
+
+@torch.library.custom_op("cldf_fast::sample_anchors", mutates_args=())
+def _sample_anchors(
+    labels: Tensor,
+    weight: Tensor | None,
+    seed: Tensor,
+    image_index: Tensor,
+    num_classes: int,
+    per_class: int,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    return _dispatch.run("sample_anchors", impl, labels, weight, seed, image_index, num_classes, per_class)
+
+
+@_sample_anchors.register_fake
+def _(
+    labels: Tensor,
+    weight: Tensor | None,
+    seed: Tensor,
+    image_index: Tensor,
+    num_classes: int,
+    per_class: int,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    batch = labels.shape[0]
+    return seed.new_empty(batch, num_classes, per_class), seed.new_empty(batch, num_classes)
+
+
+_dispatch.register("sample_anchors", "reference", reference.sample_anchors)

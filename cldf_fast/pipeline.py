@@ -1,0 +1,162 @@
+"""CLDF as a whole: the frozen networks, the decoder and its prototypes, from images to masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from cldf_fast.config import ClassifierConfig, Config, UNetConfig
+from cldf_fast.diffusion import Diffusion
+from cldf_fast.evidence import ClassifierSaliency, Evidence
+from cldf_fast.features import DiffusionFeatures
+from cldf_fast.models.classifier import NoiseAwareClassifier
+from cldf_fast.models.conditions import label_condition, null_condition, num_conditions
+from cldf_fast.models.decoder import PixelDecoder
+from cldf_fast.models.unet import UNet
+from cldf_fast.segmentation import Prototypes, masks_from_probability
+
+Module = TypeVar("Module", bound=nn.Module)
+
+_BATCH = 16  # images in one pass; results do not depend on it
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """Result for a batch at the working size.
+
+    mask: uint8 [B, H, W], 0 background, 1..K. probability: float32 [B, K + 1, H, W], background first, sums to 1,
+    before absent classes are ruled out. label_probability: float32 [B, K], the classifier's. present: bool [B, K], the
+    image-level labels that were used.
+    """
+
+    mask: Tensor
+    probability: Tensor
+    label_probability: Tensor
+    present: Tensor
+
+
+def build_unet(config: UNetConfig, in_channels: int, num_classes: int) -> UNet:
+    """The CDM for K foreground classes."""
+    return UNet(in_channels, num_classes=num_conditions(num_classes), **config.model_dump())
+
+
+def build_classifier(config: ClassifierConfig, in_channels: int, num_classes: int) -> NoiseAwareClassifier:
+    """The classifier for K foreground classes."""
+    return NoiseAwareClassifier(in_channels, num_classes=num_classes, **config.network.model_dump())
+
+
+def build_diffusion(config: Config) -> Diffusion:
+    """The forward process of a configuration."""
+    return Diffusion(**config.diffusion.model_dump())
+
+
+def build_saliency(config: Config, diffusion: Diffusion, classifier: NoiseAwareClassifier) -> ClassifierSaliency:
+    """The saliency of a configuration's evidence section."""
+    evidence = config.evidence
+    steps = torch.tensor([diffusion.step_of_fraction(level) for level in evidence.noise_levels])
+    return ClassifierSaliency(
+        classifier,
+        alpha_bar=diffusion.alpha_bar[steps],
+        timesteps=diffusion.network_time(steps),
+        cam_layer=classifier.block_at(evidence.cam_downsample),
+        cam=evidence.cam,
+        target=evidence.target,
+        reduce=evidence.reduce,
+        percentile=evidence.percentile,
+        sigma=evidence.sigma,
+        draws=evidence.draws,
+    )
+
+
+def build_features(config: Config, diffusion: Diffusion, unet: UNet) -> DiffusionFeatures:
+    """The feature reader of a configuration's features section."""
+    return DiffusionFeatures(
+        unet, diffusion, noise_levels=config.features.noise_levels, downsample=config.features.downsample
+    )
+
+
+class CLDF:
+    """Frozen CDM and classifier, and where it was trained, the pixel decoder with its prototypes.
+
+    label_threshold: float32 [K], the classifier's probability from which a class counts as present.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        unet: UNet,
+        classifier: NoiseAwareClassifier,
+        decoder: PixelDecoder | None = None,
+        prototypes: Prototypes | None = None,
+        label_threshold: Tensor | None = None,
+    ) -> None:
+        self.config = config
+        self.diffusion = build_diffusion(config)
+        self.unet = freeze(unet)
+        self.classifier = freeze(classifier)
+        self.num_classes = classifier.num_classes
+        self.saliency = build_saliency(config, self.diffusion, classifier)
+        self.features = build_features(config, self.diffusion, unet)
+        self.decoder = decoder if decoder is None else freeze(decoder)
+        self.prototypes = prototypes
+        self.label_threshold = torch.full((self.num_classes,), 0.5) if label_threshold is None else label_threshold
+
+    def thresholds(self) -> tuple[float, float, float, float]:
+        """The four thresholds of the fusion, in the order of `ops.fuse_evidence`."""
+        evidence = self.config.evidence
+        return (
+            evidence.foreground_gradient,
+            evidence.foreground_cam,
+            evidence.background_gradient,
+            evidence.background_cam,
+        )
+
+    def conditions(self, present: Tensor) -> Tensor:
+        """What the CDM is conditioned on for image-level labels bool [B, K]: [B, K + 2]."""
+        if self.config.features.condition == "null":
+            return null_condition(len(present), self.num_classes, present.device)
+        return label_condition(present)
+
+    def evidence(self, images: Tensor) -> Evidence:
+        """Gradient maps, CAMs and label probabilities of images [N, C, H, W], in batches."""
+        parts = [self.saliency(batch) for batch in images.split(_BATCH)]
+        return Evidence(
+            torch.cat([part.gradient_map for part in parts]),
+            torch.cat([part.cam for part in parts]),
+            torch.cat([part.probability for part in parts]),
+        )
+
+    @torch.no_grad()
+    def label_probability(self, images: Tensor) -> Tensor:
+        """Image-level probabilities float32 [N, K]: the mean over the evidence's noise levels, without any gradient."""
+        return torch.cat([self.saliency.probability(batch) for batch in images.split(_BATCH)])
+
+    @torch.no_grad()
+    def segment(self, images: Tensor, labels: Tensor | None = None) -> Segmentation:
+        """Masks of images float32 [N, C, size, size] in [-1, 1].
+
+        labels: bool [N, K], given image-level labels; None: the classifier's prediction is used.
+        An image's mask depends neither on the batch nor on the order.
+        """
+        parts = list(self._segment(images, labels))
+        return Segmentation(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def _segment(self, images: Tensor, labels: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        if self.decoder is None or self.prototypes is None:
+            raise RuntimeError("segment: expected a trained decoder and prototypes, this CLDF has none")
+        for first in range(0, len(images), _BATCH):
+            x = images[first : first + _BATCH]
+            predicted = self.saliency.probability(x)
+            present = predicted >= self.label_threshold if labels is None else labels[first : first + _BATCH]
+            embeddings = self.decoder.dense(self.features(x, self.conditions(present)), (x.shape[2], x.shape[3]))
+            probability = self.prototypes.probability(embeddings.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            yield masks_from_probability(probability, present), probability, predicted, present
+
+
+def freeze(module: Module) -> Module:
+    """Evaluation mode, parameters without gradient."""
+    return module.eval().requires_grad_(False)

@@ -1,0 +1,131 @@
+"""The RUN directory: everything that a trained CLDF consists of, complete in itself.
+
+    config.yaml          the resolved configuration, the seed in it
+    dataset.json         class and channel names, channels, and where thresholds came from
+    split.csv            patients of train, val and test
+    cdm.safetensors  classifier.safetensors  decoder.safetensors
+    prototypes.safetensors   vectors, bias, label_threshold
+    metrics.jsonl  loss_<network>.png
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cldf_fast.config import Config, load_config, save_config
+from cldf_fast.errors import CheckpointError
+from cldf_fast.files import atomic_write, atomic_write_text
+from cldf_fast.models.decoder import PixelDecoder
+from cldf_fast.pipeline import CLDF, build_classifier, build_diffusion, build_features, build_unet
+from cldf_fast.segmentation import Prototypes
+
+
+@dataclass(frozen=True)
+class DatasetRecord:
+    """What the networks' inputs and outputs mean."""
+
+    class_names: tuple[str, ...]
+    channel_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def num_channels(self) -> int:
+        return len(self.channel_names)
+
+
+class Run:
+    """Reads and writes one RUN directory. Writing is atomic, file by file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def split_file(self) -> Path:
+        return self.path / "split.csv"
+
+    def create(self, config: Config, record: DatasetRecord) -> None:
+        """Make the directory and write the configuration and the data set's record."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        save_config(config, self.path / "config.yaml")
+        atomic_write_text(self.path / "dataset.json", json.dumps(asdict(record), indent=2) + "\n")
+
+    def config(self) -> Config:
+        """The resolved configuration."""
+        if not (self.path / "config.yaml").exists():
+            raise CheckpointError(f"{self.path}: is no run directory (config.yaml is missing); train one first")
+        return load_config(self.path / "config.yaml")
+
+    def record(self) -> DatasetRecord:
+        """What the run was trained on."""
+        try:
+            content = json.loads((self.path / "dataset.json").read_text(encoding="utf-8"))
+            return DatasetRecord(tuple(content["class_names"]), tuple(content["channel_names"]))
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.path / 'dataset.json'}: can't be read ({error})") from error
+
+    def has(self, network: str) -> bool:
+        """Whether a network ("cdm", "classifier", "decoder") is trained."""
+        return (self.path / f"{network}.safetensors").exists()
+
+    def save_network(self, name: str, module: nn.Module) -> None:
+        """Write a network's weights."""
+        self._write(f"{name}.safetensors", module.state_dict())
+
+    def save_decision(self, prototypes: Prototypes, label_threshold: Tensor) -> None:
+        """Write the prototypes, their bias and temperature, and the image-level thresholds."""
+        tensors = {
+            "vectors": prototypes.vectors,
+            "bias": prototypes.bias,
+            "temperature": torch.tensor(prototypes.temperature),
+            "label_threshold": label_threshold,
+        }
+        self._write("prototypes.safetensors", tensors)
+
+    def load(self) -> CLDF:
+        """The CDM and classifier, and the decoder with its prototypes where they are trained."""
+        config, record = self.config(), self.record()
+        unet = build_unet(config.cdm.network, record.num_channels, record.num_classes)
+        classifier = build_classifier(config.classifier, record.num_channels, record.num_classes)
+        self._load_into("cdm", unet)
+        self._load_into("classifier", classifier)
+        if not self.has("decoder"):
+            return CLDF(config, unet, classifier)
+        channels = build_features(config, build_diffusion(config), unet).channels
+        decoder = PixelDecoder(channels, hidden=config.decoder.hidden, embedding=config.decoder.embedding)
+        self._load_into("decoder", decoder)
+        decision = self._read("prototypes.safetensors")
+        prototypes = Prototypes(decision["vectors"], decision["bias"], float(decision["temperature"]))
+        return CLDF(config, unet, classifier, decoder, prototypes, decision["label_threshold"])
+
+    def _write(self, name: str, tensors: dict[str, Tensor]) -> None:
+        with atomic_write(self.path / name) as temporary:
+            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary)
+
+    def _read(self, name: str) -> dict[str, Tensor]:
+        path = self.path / name
+        if not path.exists():
+            raise CheckpointError(f"{path}: is missing; train that network first")
+        try:
+            # Weights may be stored in half precision to save space; arithmetic is in float32.
+            return {key: value.float() for key, value in load_file(path).items()}
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: can't be read ({error}); it is truncated or not a safetensors file") from error
+
+    def _load_into(self, name: str, module: nn.Module) -> None:
+        try:
+            module.load_state_dict(self._read(f"{name}.safetensors"))
+        except RuntimeError as error:
+            first = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
+            raise CheckpointError(
+                f"{self.path / name}.safetensors: does not fit the network of config.yaml ({first})"
+            ) from error

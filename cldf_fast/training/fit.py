@@ -1,0 +1,178 @@
+"""Training of a whole run: which networks, on what, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from cldf_fast.config import Config, OptimisationConfig
+from cldf_fast.data.packing import PackedSlices
+from cldf_fast.errors import CheckpointError
+from cldf_fast.evidence import pixel_labels
+from cldf_fast.models.decoder import PixelDecoder
+from cldf_fast.pipeline import CLDF, build_classifier, build_diffusion, build_unet, freeze
+from cldf_fast.run import DatasetRecord, Run
+from cldf_fast.segmentation import Prototypes, calibrate, fit_prototypes
+from cldf_fast.training.cdm import cdm_loss
+from cldf_fast.training.classifier import classifier_loss
+from cldf_fast.training.decoder import decoder_loss, read_anchors
+from cldf_fast.training.engine import LossFunction, fit
+from cldf_fast.training.progress import Progress
+
+NETWORKS = ("cdm", "classifier", "decoder")
+_EVIDENCE_BATCH = 32
+_EMBED_BATCH = 65_536  # anchors
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What every training needs. train, val: the packed slices of these parts of the split."""
+
+    config: Config
+    run: Run
+    fabric: Fabric
+    train: PackedSlices
+    val: PackedSlices
+    record: DatasetRecord
+    resume: bool = False
+    quiet: bool = False
+
+    def fit(self, networks: Sequence[str]) -> None:
+        """Train these networks, in the order of NETWORKS, and write each to the run when it is done."""
+        for name in NETWORKS:
+            if name in networks:
+                getattr(self, f"_fit_{name}")()
+
+    def _fit_cdm(self) -> None:
+        config = self.config
+        torch.manual_seed(config.seed)
+        unet = build_unet(config.cdm.network, self.record.num_channels, self.record.num_classes)
+        loss = cdm_loss(self.train, build_diffusion(config), config.cdm, flip=self.config.data.mirror)
+        self._fit("cdm", unet, loss, config.cdm.optimisation)
+
+    def _fit_classifier(self) -> None:
+        config = self.config
+        torch.manual_seed(config.seed)
+        classifier = build_classifier(config.classifier, self.record.num_channels, self.record.num_classes)
+        loss = classifier_loss(self.train, build_diffusion(config), config.classifier, flip=self.config.data.mirror)
+        self._fit("classifier", classifier, loss, config.classifier.optimisation)
+
+    def _fit_decoder(self) -> None:
+        for name in ("cdm", "classifier"):
+            if not self.run.has(name):
+                raise CheckpointError(f"{self.run.path}: the decoder needs a trained {name}; run `train {name}` first")
+        cldf = self.run.load()
+        decoder, prototypes, threshold = fit_decoder(cldf, self, self.pixel_labels(cldf, self.train))
+        if self.fabric.is_global_zero:
+            self.run.save_network("decoder", decoder)
+            self.run.save_decision(prototypes, threshold)
+
+    def pixel_labels(self, cldf: CLDF, data: PackedSlices) -> Tensor:
+        """Pixel labels int8 [N, H, W] of a part, from evidence and its image-level labels; no mask is used."""
+        labels, parts = data.require_labels(), []
+        with Progress("pixel labels", len(data), quiet=self.quiet or not self.fabric.is_global_zero) as progress:
+            for rows in torch.arange(len(data)).split(_EVIDENCE_BATCH):
+                part = torch.zeros(len(rows), *data.images.shape[2:], dtype=torch.int8)
+                # Slices without any class are background throughout: no evidence is needed.
+                some = labels[rows].any(dim=1)
+                if some.any():
+                    evidence = cldf.saliency(data.images[rows[some]])
+                    part[some] = pixel_labels(evidence, labels[rows[some]], cldf.thresholds()).labels
+                parts.append(part)
+                progress.update(int(rows[-1]) + 1)
+        return torch.cat(parts)
+
+    def _fit(self, name: str, module: nn.Module, loss: LossFunction, optimisation: OptimisationConfig) -> None:
+        trained = fit(
+            name,
+            module,
+            loss,
+            optimisation,
+            fabric=self.fabric,
+            run=self.run.path,
+            seed=self.config.seed,
+            resume=self.resume,
+            quiet=self.quiet,
+        )
+        if self.fabric.is_global_zero:
+            self.run.save_network(name, trained)
+
+
+def fit_decoder(cldf: CLDF, trainer: Trainer, labels: Tensor) -> tuple[PixelDecoder, Prototypes, Tensor]:
+    """Train a decoder on pixel labels int8 [N, H, W] of the training part; then prototypes and decision thresholds.
+
+    Returns the decoder, its prototypes with calibrated bias, and the image-level thresholds float32 [K].
+    """
+    config, fabric = trainer.config, trainer.fabric
+    num_classes = cldf.num_classes + 1
+    bank = read_anchors(
+        trainer.train.images,
+        labels,
+        cldf.conditions(trainer.train.require_labels()),
+        cldf.features,
+        num_classes=num_classes,
+        per_class=config.decoder.anchors_per_class,
+        passes=config.decoder.passes,
+        augment=config.decoder.optimisation.augment,
+        flip=config.data.mirror,
+        seed=config.seed,
+        fabric=fabric,
+        quiet=trainer.quiet,
+    )
+    torch.manual_seed(config.seed)
+    decoder = PixelDecoder(
+        cldf.features.channels,
+        hidden=config.decoder.hidden,
+        embedding=config.decoder.embedding,
+        dropout=config.decoder.dropout,
+    )
+    features, anchor_labels, weight = bank.flat()
+    decoder.standardise(features[:: max(1, len(features) // _EMBED_BATCH)].float())
+    fit(
+        "decoder",
+        decoder,
+        decoder_loss(bank, config.decoder),
+        config.decoder.optimisation,
+        fabric=fabric,
+        run=trainer.run.path,
+        seed=config.seed,
+        resume=trainer.resume,
+        quiet=trainer.quiet,
+    )
+    decoder = freeze(decoder.cpu())
+    embeddings = torch.cat([decoder.points(part.float()) for part in features.split(_EMBED_BATCH)])
+    prototypes = fit_prototypes(
+        embeddings,
+        anchor_labels,
+        num_classes=num_classes,
+        per_class=config.segmentation.prototypes_per_class,
+        temperature=config.segmentation.temperature,
+        seed=config.seed,
+    )
+    prototypes = calibrate(prototypes, embeddings, anchor_labels, weight)
+    return decoder, prototypes, label_thresholds(cldf, trainer.val)
+
+
+def label_thresholds(cldf: CLDF, data: PackedSlices) -> Tensor:
+    """Image-level thresholds float32 [K] that maximise sensitivity + specificity on a part's image-level labels.
+
+    A class that the part has never or always keeps 0.5.
+    """
+    probability, labels = cldf.label_probability(data.images), data.require_labels()
+    thresholds = torch.full((labels.shape[1],), 0.5)
+    for k in range(labels.shape[1]):
+        truth, values = labels[:, k], probability[:, k]
+        if truth.all() or not truth.any():
+            continue
+        ordered, order = values.sort()
+        below = torch.cat([torch.zeros(1), (~truth[order]).cumsum(0) / (~truth).sum()])
+        missed = torch.cat([torch.zeros(1), truth[order].cumsum(0) / truth.sum()])
+        best = int((below - missed).argmax())
+        low = ordered[best - 1] if best > 0 else torch.zeros(())
+        high = ordered[best] if best < len(ordered) else torch.ones(())
+        thresholds[k] = (low + high) / 2
+    return thresholds

@@ -1,0 +1,42 @@
+// The Python module cldf_fast._C: what this binary is and how it was made.
+// No torch header here: one of them costs forty times this file's compile time and binds the binary to one torch.
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+namespace py = pybind11;
+
+namespace {
+
+std::string compiler() {
+#if defined(__clang__)
+  return "Clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "GCC " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+// Nothing here may depend on when or where the build ran: the same source and compiler give the same record.
+py::dict build_record() {
+  py::dict record;
+  record["package_version"] = CLDF_FAST_VERSION;
+  record["compiler"] = compiler();
+  record["cxx_standard"] = "C++" + std::to_string(__cplusplus / 100 % 100);
+  record["python"] = std::to_string(PY_MAJOR_VERSION) + "." + std::to_string(PY_MINOR_VERSION);
+  record["pybind11"] = std::to_string(PYBIND11_VERSION_MAJOR) + "." + std::to_string(PYBIND11_VERSION_MINOR);
+  record["torch_stable_abi"] = "not used: this version has no C++ operator";
+  record["cuda"] = "left out: this version has no CUDA source";
+  return record;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled part of cldf_fast.";
+  m.def("build_record", &build_record,
+        "What this binary was built from and with: dict of str to str, the same for every build of one source with "
+        "one compiler.");
+}

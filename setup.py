@@ -1,0 +1,88 @@
+"""Maps kernels/ into the package and compiles cldf_fast._C where that is possible; all else is in pyproject.toml."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, CCompilerError
+
+ROOT = Path(__file__).resolve().parent
+# Installed in the extension's place when it is left out: one line that says why. cldf_fast.doctor prints it.
+LEFT_OUT = "_C.txt"
+PYTHON_HEADERS = sysconfig.get_path("include")
+
+
+def pybind11_headers() -> str | None:
+    """The include directory of pybind11, or of the copy that torch ships; looks both up and imports neither."""
+    for package in ("pybind11", "torch"):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            if Path(folder, "include", "pybind11", "pybind11.h").is_file():
+                return str(Path(folder, "include"))
+    return None
+
+
+class BuildNative(build_ext):
+    """Compiles the extension, or records in one line why it was left out: an install without it works too."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        record = target.with_name(LEFT_OUT)
+        record.unlink(missing_ok=True)
+        reason = self._obstacle()
+        if not reason:
+            ext.define_macros.append(("CLDF_FAST_VERSION", f'"{self.distribution.get_version()}"'))
+            try:
+                super().build_extension(ext)
+            except (BaseError, CCompilerError) as error:
+                reason = f"compiling it failed: {error}"
+        if reason:
+            target.unlink(missing_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            record.write_text(reason + "\n", encoding="utf-8")
+            self.warn(f"{ext.name} is left out of this build: {reason}")
+
+    def copy_extensions_to_source(self) -> None:
+        """For an editable install: the binary or the record of why there is none, and nothing of an earlier build."""
+        for ext in self.extensions:
+            built = Path(self.build_lib, self.get_ext_filename(ext.name))
+            source = ROOT / Path(*ext.name.split(".")).parent
+            for file in (built, built.with_name(LEFT_OUT)):
+                (source / file.name).unlink(missing_ok=True)
+                if file.exists():
+                    shutil.copy(file, source / file.name)
+
+    def _obstacle(self) -> str:
+        """What is plainly missing on this machine, with what to install; empty if the compiler may try."""
+        command = getattr(self.compiler, "compiler_so_cxx", None) or getattr(self.compiler, "compiler_so", None)
+        if command and shutil.which(command[0]) is None:
+            return f"no C++ compiler: {command[0]!r} was not found (Debian, Ubuntu: apt-get install g++)"
+        if not Path(PYTHON_HEADERS, "Python.h").is_file():
+            return "Python's headers are not installed (Debian, Ubuntu: apt-get install python3-dev)"
+        if pybind11_headers() is None:
+            return "pybind11 was not installed where the package was built (pip install pybind11)"
+        return ""
+
+
+native = Extension(
+    "cldf_fast._C",
+    sources=["csrc/bindings.cpp"],
+    include_dirs=[folder for folder in [pybind11_headers()] if folder],
+    # No debug information: it would write the builder's paths into the binary.
+    extra_compile_args=["-std=c++20", "-O2", "-g0", "-fvisibility=hidden"],
+    language="c++",
+    # Without this setuptools insists on the file; whether it was made is BuildNative's to say.
+    optional=True,
+)
+
+setup(
+    packages=[*find_packages(include=["cldf_fast", "cldf_fast.*"]), "cldf_fast.kernels"],
+    package_dir={"cldf_fast": "cldf_fast", "cldf_fast.kernels": "kernels"},
+    ext_modules=[native],
+    cmdclass={"build_ext": BuildNative},
+)

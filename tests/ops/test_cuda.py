@@ -1,0 +1,68 @@
+"""What only a CUDA device can show: the same results as on the CPU, with no host synchronisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from cldf_fast.ops import (
+    fuse_evidence,
+    gradient_saliency,
+    noised_batch,
+    pixel_infonce_with_valid,
+    pixel_seed,
+    sample_anchors,
+)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture
+def no_synchronisation() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def infonce(anchors, candidates, anchor_labels, candidate_labels):
+    features = anchors.detach().requires_grad_(), candidates.detach().requires_grad_()
+    loss, valid = pixel_infonce_with_valid(*features, anchor_labels, candidate_labels)
+    return loss.detach(), valid, *torch.autograd.grad(loss.sum() / valid.sum().clamp_min(1), features)
+
+
+def anchors(labels, weight):
+    uniform = sample_anchors(labels, num_classes=3, per_class=20, seed=7)
+    return *uniform, *sample_anchors(labels, weight, num_classes=3, per_class=20, seed=7)
+
+
+def saliency(x, alpha_bar, present):
+    seeds = pixel_seed(x)
+    noised = noised_batch(x, alpha_bar, seeds)
+    maps = gradient_saliency(noised.unflatten(0, (len(alpha_bar), len(x))))
+    both = maps[:, None].expand(-1, present.shape[1], -1, -1)
+    return seeds, noised, maps, fuse_evidence(both, both, present, thresholds=(0.5, 0.5, 0.2, 0.2))
+
+
+CASES = {
+    "infonce": (
+        infonce,
+        lambda: (torch.randn(30, 8), torch.randn(50, 8), torch.randint(-1, 3, (30,)), torch.randint(-1, 3, (50,))),
+    ),
+    "anchors": (anchors, lambda: (torch.randint(-1, 3, (4, 31, 17)), torch.rand(4, 31, 17))),
+    "saliency": (saliency, lambda: (torch.randn(3, 2, 31, 17), torch.tensor([0.9, 0.4]), torch.rand(3, 2) < 0.7)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cuda_agrees_with_the_cpu_without_synchronising(name, request):
+    function, make = CASES[name]
+    inputs = make()
+    on_device = [tensor.cuda() for tensor in inputs]
+    function(*on_device)  # libraries may synchronise once, when they load
+    request.getfixturevalue("no_synchronisation")
+    found = function(*on_device)
+    torch.cuda.set_sync_debug_mode("default")
+    for ours, expected in zip(found, function(*inputs), strict=True):
+        torch.testing.assert_close(ours.cpu(), expected, rtol=1e-4, atol=1e-5)
