@@ -1,7 +1,7 @@
 """DICOM series of single-frame images: read by position in the patient, masks written as DICOM SEG.
 
 Headers name patients: no message of this module quotes a header's text, and no text of one goes to any output but the
-SEG's patient and study modules, which the standard wants copied. pydicom's validation is off because its warnings quote.
+SEG's patient and study modules, which the standard wants copied. pydicom's validation quotes values, and so it is off.
 """
 
 from __future__ import annotations
@@ -106,12 +106,14 @@ class DicomSeries:
         if probability is not None:
             stored = self.reorientation.undo(np.moveaxis(probability, 1, 3))
             outputs.append((out / f"{self.case}_probability.dcm", stored, "FRACTIONAL"))
-        for number, (path, stored, kind) in enumerate(outputs):
-            with disable_value_validation():
-                sources = [self._source(index) for index in range(len(self.files))]
+        with disable_value_validation(), warnings.catch_warnings():
+            # Among highdicom's warnings are some that quote the patient's name.
+            warnings.simplefilter("ignore")
+            sources = [self._source(index) for index in range(len(self.files))]
+            for number, (path, stored, kind) in enumerate(outputs):
                 segmentation = _segmentation(highdicom, sources, stored, kind, class_names, number)
-            with atomic_write(path) as temporary:
-                segmentation.save_as(temporary)
+                with atomic_write(path) as temporary:
+                    segmentation.save_as(temporary)
         return [path for path, _, _ in outputs]
 
     def _source(self, index: int) -> Any:

@@ -1,0 +1,215 @@
+"""The commands. Heavy modules are imported by the command that needs them: `cldf-fast --help` must be instant."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+app = typer.Typer(
+    name="cldf-fast",
+    help="Segmentation masks of medical images from image-level labels. Research use only; not to be used for "
+    "diagnostic purposes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# typer reads these annotations at run time, where Python 3.10's `X | None` would do as well; Optional reads the same on
+# every version that typer supports.
+DataFolder = Annotated[Optional[Path], typer.Option("--data", help="Folder of the data set (the phantom has none).")]
+
+
+class Networks(str, Enum):
+    """What `train` can train."""
+
+    cdm = "cdm"
+    classifier = "classifier"
+    decoder = "decoder"
+    all = "all"
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run directory to write.")] = Path("runs/demo"),
+) -> None:
+    """The whole method on the built-in phantom: train the decoder, segment, report. Minutes on a CPU."""
+    from rich.console import Console
+
+    from cldf_fast import workflow
+    from cldf_fast.report import terminal_table
+
+    document = workflow.demo(out)
+    console = Console()
+    console.print(terminal_table(document))
+    console.print(f"Figures: {out / 'metrics.json'}\nReport with pictures: {out / 'report.html'}", highlight=False)
+
+
+@app.command()
+def train(
+    network: Annotated[Networks, typer.Argument(help="What to train.")],
+    out: Annotated[Path, typer.Option(help="Run directory, made or continued.")],
+    dataset: Annotated[Optional[str], typer.Option(help="phantom, lgg, brats, chaos or nnunet.")] = None,
+    data: DataFolder = None,
+    config: Annotated[Optional[Path], typer.Option(help="YAML configuration; default: the run's own, else defaults.")] = None,
+    set_: Annotated[
+        Optional[list[str]], typer.Option("--set", help="A value of the configuration, e.g. cdm.optimisation.steps=500.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+    quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
+) -> None:
+    """Train the CDM, the classifier, the decoder, or all of them in this order."""
+    from cldf_fast import workflow
+    from cldf_fast.config import load_config, make_config
+    from cldf_fast.training.fit import NETWORKS
+
+    overrides = parse_overrides(set_ or [])
+    if dataset is not None:
+        overrides.setdefault("data", {})["dataset"] = dataset
+    source = config or (out / "config.yaml" if (out / "config.yaml").exists() else None)
+    resolved = load_config(source, overrides) if source else make_config(overrides, "command line")
+    chosen = NETWORKS if network is Networks.all else (network.value,)
+    workflow.train(resolved, chosen, data=data, out=out, resume=resume, quiet=quiet)
+
+
+@app.command()
+def segment(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            help="NIfTI, PNG or TIFF file, folder of slices, or folder of one DICOM series; several files of one grid, "
+            "separated by commas, are channels."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the masks.")],
+    labels: Annotated[
+        Optional[str], typer.Option(help="Image-level labels, if known: class names separated by commas, all or none.")
+    ] = None,
+    window: Annotated[Optional[str], typer.Option(help="LOW,HIGH in stored units (CT: Hounsfield).")] = None,
+    probability: Annotated[bool, typer.Option(help="Also write class probabilities.")] = False,
+    replicate: Annotated[bool, typer.Option(help="Use a single channel for all channels of the network.")] = False,
+) -> None:
+    """Segment images; masks come in the input's own format and geometry. Exit code 3: some inputs were refused."""
+    from cldf_fast.errors import CLDFError, ConfigError
+    from cldf_fast.inference import parse_labels, read_case, segment_case
+    from cldf_fast.run import Run
+
+    opened = Run(run)
+    cldf, record = opened.load(), opened.record()
+    if cldf.decoder is None:
+        raise ConfigError(f"{run}: has no decoder yet; run `cldf-fast train decoder --out {run}` first")
+    given = None if labels is None else parse_labels(labels, record.class_names)
+    limits = None if window is None else parse_window(window)
+    refused = 0
+    for text in inputs:
+        try:
+            volume = read_case(text, record.num_channels, replicate=replicate)
+            case = segment_case(cldf, record, volume, out, labels=given, window=limits, probability=probability)
+        except CLDFError as error:
+            refused += 1
+            typer.echo(f"refused: {error}", err=True)
+            continue
+        found = int(case.present.any(dim=1).sum())
+        typer.echo(
+            f"{case.source}: {len(case.present)} slices, {found} labelled, {case.foreground_pixels} foreground pixels "
+            f"-> {', '.join(str(file) for file in case.files[:2])}{' ...' if len(case.files) > 2 else ''}"
+        )
+    if refused:
+        raise typer.Exit(3)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    dataset: Annotated[Optional[str], typer.Option(help="Default: what the run was trained on.")] = None,
+    data: DataFolder = None,
+    split: Annotated[str, typer.Option(help="train, val, test or all.")] = "test",
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="Default: metrics.json in the run.")] = None,
+    report: Annotated[Optional[Path], typer.Option(help="Default: report.html in the run.")] = None,
+    baselines: Annotated[
+        bool, typer.Option(help="Also every baseline, and the decoder trained with true masks as upper bound.")
+    ] = False,
+    decoder_seeds: Annotated[int, typer.Option(min=1, help="Decoders of this many seeds; figures are their means.")] = 1,
+    quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
+) -> None:
+    """Score a run against masks: Dice, IoU, HD95, ASSD per slice and per patient, with a report."""
+    from rich.console import Console
+
+    from cldf_fast import workflow
+    from cldf_fast.report import terminal_table
+    from cldf_fast.run import Run
+
+    document = workflow.evaluate(
+        Run(run),
+        data=data,
+        dataset=dataset,
+        split=split,
+        baselines=workflow.ALL_BASELINES if baselines else (),
+        upper_bound=baselines,
+        decoder_seeds=decoder_seeds,
+        json_file=json_file or run / "metrics.json",
+        report=report or run / "report.html",
+        quiet=quiet,
+    )
+    Console().print(terminal_table(document))
+
+
+@app.command()
+def doctor(
+    json_output: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Versions, devices, and which backend serves which operation and why not another."""
+    import json
+
+    from cldf_fast.doctor import collect, render
+
+    collected = collect()
+    typer.echo(json.dumps(collected, indent=2) if json_output else render(collected))
+
+
+def parse_overrides(texts: list[str]) -> dict[str, Any]:
+    """Nested mapping of "a.b=value" texts; values are YAML, so that numbers, lists and true keep their types."""
+    import yaml
+
+    from cldf_fast.errors import ConfigError
+
+    nested: dict[str, Any] = {}
+    for text in texts:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--set: expected key=value, got {text!r}")
+        *parents, last = key.split(".")
+        section = nested
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = yaml.safe_load(value)
+    return nested
+
+
+def parse_window(text: str) -> tuple[float, float]:
+    """(low, high) of "LOW,HIGH"."""
+    from cldf_fast.errors import ConfigError
+
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--window: expected LOW,HIGH, got {text!r}") from None
+    return low, high
+
+
+def main() -> None:
+    """Entry point: errors that this package raises on purpose become one sentence; Ctrl-C exits with 130."""
+    from cldf_fast.errors import CLDFError
+
+    try:
+        app()
+    except CLDFError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        sys.exit(130)

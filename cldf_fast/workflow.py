@@ -1,0 +1,253 @@
+"""The long-running jobs behind the commands: train, evaluate, demo. Each works on one RUN directory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+
+from cldf_fast.comparison import ALL_BASELINES, Comparison, compare
+from cldf_fast.config import Config, save_config
+from cldf_fast.data import open_split
+from cldf_fast.data.base import SliceDataset
+from cldf_fast.data.packing import PackedSlices, pack
+from cldf_fast.data.splits import write_split
+from cldf_fast.errors import ConfigError
+from cldf_fast.evaluation import seeds_summary, write_metrics
+from cldf_fast.pipeline import CLDF
+from cldf_fast.report import write_report
+from cldf_fast.run import DatasetRecord, Run
+from cldf_fast.training.fit import Trainer, fit_decoder
+
+# Baselines that need one classifier pass or none: what the demo has time for.
+QUICK_BASELINES = ("gradcam", "layercam", "gradient", "location_prior", "intensity")
+
+
+def make_fabric(config: Config, devices: str = "auto") -> Fabric:
+    """One process on the best device there is, or the processes that torchrun started."""
+    fabric = Fabric(
+        accelerator="auto", devices=devices if devices == "auto" else int(devices), precision=config.precision
+    )
+    fabric.launch()
+    return fabric
+
+
+def open_parts(config: Config, data: Path | None) -> dict[str, SliceDataset]:
+    """The data set of a configuration, by part of the split."""
+    return open_split(config.data.dataset, data, **({"size": config.data.size} if data is None else {}), **config.data.options)
+
+
+def train(
+    config: Config,
+    networks: Sequence[str],
+    *,
+    data: Path | None,
+    out: Path,
+    resume: bool,
+    fabric: Fabric | None = None,
+    quiet: bool = False,
+) -> None:
+    """Train networks into the run directory `out`, which is made, or continued where it exists.
+
+    Without `resume` a network that is already trained or begun there is trained again from the start.
+    """
+    fabric = fabric or make_fabric(config)
+    parts = open_parts(config, data)
+    record = DatasetRecord(parts["train"].class_names, parts["train"].channel_names)
+    run = Run(out)
+    if (out / "config.yaml").exists() and run.record() != record:
+        raise ConfigError(f"{out}: holds a run on other classes or channels; choose another --out")
+    if fabric.is_global_zero:
+        run.create(config, record)
+        write_split(run.split_file, {name: part.subjects for name, part in parts.items()})
+    fabric.barrier()
+    trainer = Trainer(
+        config, run, fabric, pack(parts["train"], config.data.size), pack(parts["val"], config.data.size), record, resume, quiet
+    )
+    trainer.fit(networks)
+    if fabric.is_global_zero:
+        draw_loss_curves(run)
+
+
+def evaluate(
+    run: Run,
+    *,
+    data: Path | None,
+    split: str,
+    dataset: str | None = None,
+    baselines: Sequence[str] = (),
+    upper_bound: bool = False,
+    decoder_seeds: int = 1,
+    json_file: Path | None = None,
+    report: Path | None = None,
+    quiet: bool = False,
+    packed: dict[str, PackedSlices] | None = None,
+) -> dict[str, Any]:
+    """Evaluate a run; returns the document that is written to `json_file`.
+
+    split: a part, or "all". baselines: names. upper_bound: also train the decoder with the training part's true masks.
+    decoder_seeds: with more than one, decoders of further seeds are trained and figures are means over them.
+    """
+    config = run.config()
+    if dataset is not None and dataset != config.data.dataset:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"dataset": dataset})})
+    started = time.perf_counter()
+    fabric = make_fabric(config)
+    if packed is None:
+        needed = {split} | ({"train", "val"} if baselines or upper_bound or decoder_seeds > 1 else set())
+        packed = {name: pack(part, config.data.size) for name, part in _parts(config, data, split).items() if name in needed}
+    comparisons = []
+    for seed in range(config.seed, config.seed + decoder_seeds):
+        seeded = config.model_copy(update={"seed": seed})
+        trainer = Trainer(
+            seeded,
+            run if seed == config.seed else Run(run.path / f"decoder-seed-{seed}"),
+            fabric,
+            packed.get("train", packed[split]),
+            packed.get("val", packed[split]),
+            run.record(),
+            quiet=quiet,
+        )
+        cldf = run.load() if seed == config.seed else _another_decoder(run.load(), trainer, masks=False)
+        supervised = None
+        if upper_bound:
+            bound = replace(trainer, run=Run(run.path / f"upper-bound-seed-{seed}"))
+            supervised = _another_decoder(run.load(), bound, masks=True)
+        comparisons.append(
+            compare(
+                cldf,
+                packed[split],
+                train=packed.get("train"),
+                val=packed.get("val"),
+                # The baselines do not depend on the decoder: they are scored once, with the first.
+                baselines=baselines if seed == config.seed else (),
+                supervised=supervised,
+                description=_description(config, packed[split], split, cldf),
+            )
+        )
+    document = _joined(comparisons)
+    document["data"]["seconds"] = round(time.perf_counter() - started, 1)
+    if json_file is not None:
+        write_metrics(json_file, document)
+    if report is not None:
+        write_report(
+            report,
+            document,
+            comparisons[0].cases,
+            title=f"CLDF on {config.data.dataset}, {split} part",
+            curves=loss_curves(run),
+        )
+    return document
+
+
+def demo(out: Path, *, quiet: bool = False) -> dict[str, Any]:
+    """The whole method on the built-in phantom: bundled CDM and classifier, the decoder trained here, table, report."""
+    run = Run(out)
+    out.mkdir(parents=True, exist_ok=True)
+    for source in resources.files("cldf_fast").joinpath("weights", "phantom").iterdir():
+        if source.name.endswith((".safetensors", ".yaml", ".json")):
+            with resources.as_file(source) as path:
+                shutil.copyfile(path, out / source.name)
+    config = run.config()
+    save_config(config, out / "config.yaml")
+    fabric = make_fabric(config)
+    parts = open_parts(config, None)
+    write_split(run.split_file, {name: part.subjects for name, part in parts.items()})
+    packed = {name: pack(part, config.data.size) for name, part in parts.items()}
+    trainer = Trainer(config, run, fabric, packed["train"], packed["val"], run.record(), quiet=quiet)
+    trainer.fit(("decoder",))
+    return evaluate(
+        run,
+        data=None,
+        split="test",
+        baselines=QUICK_BASELINES,
+        json_file=out / "metrics.json",
+        report=out / "report.html",
+        quiet=quiet,
+        packed=packed,
+    )
+
+
+def loss_curves(run: Run) -> dict[str, list[tuple[float, float]]]:
+    """Points (step, loss) by network, from the run's metrics.jsonl."""
+    path, curves = run.path / "metrics.jsonl", {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            curves.setdefault(row["network"], []).append((float(row["step"]), float(row["loss"])))
+    return curves
+
+
+def draw_loss_curves(run: Run) -> None:
+    """Write loss_<network>.png for every network that has a curve."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from cldf_fast.files import atomic_write
+
+    for network, points in loss_curves(run).items():
+        figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+        axes.plot(*zip(*points, strict=True), linewidth=1)
+        axes.set(xlabel="step", ylabel="loss", title=network, yscale="log")
+        with atomic_write(run.path / f"loss_{network}.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
+        pyplot.close(figure)
+
+
+def _parts(config: Config, data: Path | None, split: str) -> dict[str, SliceDataset]:
+    if split == "all":
+        from cldf_fast.data import open_dataset
+
+        return {"all": open_dataset(config.data.dataset, data, **config.data.options)}
+    parts = open_parts(config, data)
+    if split not in parts:
+        raise ConfigError(f"split: expected one of {', '.join(parts)} or all, got {split!r}")
+    return parts
+
+
+def _another_decoder(cldf: CLDF, trainer: Trainer, *, masks: bool) -> CLDF:
+    trainer.run.path.mkdir(parents=True, exist_ok=True)
+    labels = trainer.train.working_masks().to(torch.int8) if masks else trainer.pixel_labels(cldf, trainer.train)
+    decoder, prototypes, threshold = fit_decoder(cldf, trainer, labels)
+    return CLDF(cldf.config, cldf.unet, cldf.classifier, decoder, prototypes, threshold)
+
+
+def _description(config: Config, data: PackedSlices, split: str, cldf: CLDF) -> dict[str, Any]:
+    return {
+        "dataset": config.data.dataset,
+        "split": split,
+        "slices": len(data),
+        "patients": len(set(data.subjects)),
+        "working_size": config.data.size,
+        "classes": list(data.class_names),
+        "seed": config.seed,
+        "label_threshold": [round(float(value), 4) for value in cldf.label_threshold],
+        "pixel_label_thresholds": list(cldf.thresholds()),
+    }
+
+
+def _joined(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    documents = [comparison.document for comparison in comparisons]
+    if len(documents) == 1:
+        return documents[0]
+    first = documents[0]
+    kept = set(documents[-1]["methods"])
+    joined = seeds_summary(
+        [
+            {**document, "methods": {name: row for name, row in document["methods"].items() if name in kept}, "data": {}}
+            for document in documents
+        ]
+    )
+    joined["methods"].update({name: row for name, row in first["methods"].items() if name not in kept})
+    joined["data"] = {**first["data"], **joined["data"]}
+    return joined
