@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -18,9 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# typer reads these annotations at run time, where Python 3.10's `X | None` would do as well; Optional reads the same on
-# every version that typer supports.
-DataFolder = Annotated[Optional[Path], typer.Option("--data", help="Folder of the data set (the phantom has none).")]
+DataFolder = Annotated[Path | None, typer.Option("--data", help="Folder of the data set (the phantom has none).")]
 
 
 class Networks(str, Enum):
@@ -52,11 +50,13 @@ def demo(
 def train(
     network: Annotated[Networks, typer.Argument(help="What to train.")],
     out: Annotated[Path, typer.Option(help="Run directory, made or continued.")],
-    dataset: Annotated[Optional[str], typer.Option(help="phantom, lgg, brats, chaos or nnunet.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="phantom, lgg, brats, chaos or nnunet.")] = None,
     data: DataFolder = None,
-    config: Annotated[Optional[Path], typer.Option(help="YAML configuration; default: the run's own, else defaults.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML configuration; default: the run's own, else defaults.")
+    ] = None,
     set_: Annotated[
-        Optional[list[str]], typer.Option("--set", help="A value of the configuration, e.g. cdm.optimisation.steps=500.")
+        list[str] | None, typer.Option("--set", help="A value of the configuration, e.g. cdm.optimisation.steps=500.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
@@ -87,9 +87,9 @@ def segment(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the masks.")],
     labels: Annotated[
-        Optional[str], typer.Option(help="Image-level labels, if known: class names separated by commas, all or none.")
+        str | None, typer.Option(help="Image-level labels, if known: class names separated by commas, all or none.")
     ] = None,
-    window: Annotated[Optional[str], typer.Option(help="LOW,HIGH in stored units (CT: Hounsfield).")] = None,
+    window: Annotated[str | None, typer.Option(help="LOW,HIGH in stored units (CT: Hounsfield).")] = None,
     probability: Annotated[bool, typer.Option(help="Also write class probabilities.")] = False,
     replicate: Annotated[bool, typer.Option(help="Use a single channel for all channels of the network.")] = False,
 ) -> None:
@@ -125,21 +125,22 @@ def segment(
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
-    dataset: Annotated[Optional[str], typer.Option(help="Default: what the run was trained on.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Default: what the run was trained on.")] = None,
     data: DataFolder = None,
     split: Annotated[str, typer.Option(help="train, val, test or all.")] = "test",
-    json_file: Annotated[Optional[Path], typer.Option("--json", help="Default: metrics.json in the run.")] = None,
-    report: Annotated[Optional[Path], typer.Option(help="Default: report.html in the run.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Default: metrics.json in the run.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Default: report.html in the run.")] = None,
     baselines: Annotated[
         bool, typer.Option(help="Also every baseline, and the decoder trained with true masks as upper bound.")
     ] = False,
-    decoder_seeds: Annotated[int, typer.Option(min=1, help="Decoders of this many seeds; figures are their means.")] = 1,
+    decoder_seeds: Annotated[int, typer.Option(min=1, help="Decoders of this many seeds; figures are means.")] = 1,
     quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
 ) -> None:
     """Score a run against masks: Dice, IoU, HD95, ASSD per slice and per patient, with a report."""
     from rich.console import Console
 
     from cldf_fast import workflow
+    from cldf_fast.comparison import ALL_BASELINES
     from cldf_fast.report import terminal_table
     from cldf_fast.run import Run
 
@@ -148,7 +149,7 @@ def evaluate(
         data=data,
         dataset=dataset,
         split=split,
-        baselines=workflow.ALL_BASELINES if baselines else (),
+        baselines=ALL_BASELINES if baselines else (),
         upper_bound=baselines,
         decoder_seeds=decoder_seeds,
         json_file=json_file or run / "metrics.json",

@@ -7,11 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from cldf_fast.baselines import BASELINES, BaselineContext, choose_threshold, position_label_auc, score_maps
+from cldf_fast.baselines import (
+    BASELINES,
+    BaselineContext,
+    choose_threshold,
+    position_label_auc,
+    score_maps,
+    with_background,
+)
 from cldf_fast.data.packing import PackedSlices, to_native_size
+from cldf_fast.errors import ConfigError
 from cldf_fast.evaluation import (
     SegmentationScores,
     image_label_scores,
@@ -23,7 +30,6 @@ from cldf_fast.pipeline import CLDF, Segmentation
 from cldf_fast.report import CasePanels
 from cldf_fast.segmentation import masks_from_probability
 
-_BATCH = 16
 _EXAMPLES = 3  # of each kind in the report
 
 
@@ -72,9 +78,9 @@ def compare(
     """Evaluate on `data`, which needs masks and image-level labels.
 
     Methods: "cldf" with image-level labels predicted by the classifier, "cldf_given_labels" with the true ones, and the
-    baselines, which go by the same predicted labels. A baseline's threshold is the best on the masks of `val` (generous:
-    CLDF's own thresholds use no mask); `train` fits what a baseline learns. supervised: the same decoder trained with
-    true masks, an upper bound. description: goes into the document's "data".
+    baselines, which go by the same predicted labels. A baseline's threshold is the best on the masks of `val`, which is
+    generous: CLDF's own thresholds use no mask. `train` fits what a baseline learns. supervised: the same decoder
+    trained with true masks, an upper bound. description: goes into the document's "data".
     """
     labels = data.require_labels()
     predicted = cldf.segment(data.images)
@@ -86,14 +92,17 @@ def compare(
     }
     facts: dict[str, Any] = dict(description or {})
     if baselines:
-        assert train is not None and val is not None
-        context = BaselineContext.fit(train)
+        if train is None or val is None:
+            raise ConfigError("baselines: expected the training and validation parts to fit them on, got none")
+        context = BaselineContext.fit(train, val)
         thresholds = {}
         for name in baselines:
             chosen = choose_threshold(
-                score_maps(name, cldf, val.images, val.require_labels(), context), val.working_masks(), val.require_labels()
+                score_maps(name, cldf, val.images, val.require_labels(), context, val.studies),
+                val.working_masks(),
+                val.require_labels(),
             )
-            maps = score_maps(name, cldf, data.images, predicted.present, context)
+            maps = score_maps(name, cldf, data.images, predicted.present, context, data.studies)
             methods[name] = score(
                 native_masks(with_background(maps, chosen), predicted.present, data), predicted.present, data
             ).summary()
@@ -121,15 +130,6 @@ def compare(
         facts["distance_unit"] = "pixels"
     cases = _cases(own, data, predicted, evidence.gradient_map, evidence.cam, fused)
     return Comparison(metrics_document(methods, upper_bounds, facts), cases)
-
-
-def with_background(maps: Tensor, threshold: Tensor) -> Tensor:
-    """Score maps [N, K, h, w] beside their thresholds [K] as the background's score: [N, K + 1, h, w].
-
-    Each class is counted from its own threshold, so that the largest score wins, and background where none reaches 0.
-    """
-    margins = maps - threshold.view(1, -1, 1, 1)
-    return torch.cat([torch.zeros_like(margins[:, :1]), margins], dim=1)
 
 
 def _cases(

@@ -29,22 +29,20 @@ class NetworkConfig(Section):
     """Width and depth of a UNet or of a classifier (see `models.unet.UNet`)."""
 
     model_channels: Positive = 32
-    channel_mult: tuple[float, ...] = (1, 2, 3, 4)
+    channel_mult: tuple[float, ...] = Field(default=(1, 2, 3, 4), min_length=1)
     num_res_blocks: Positive = 1
     attention_downsample: tuple[int, ...] = (8,)
     dropout: Fraction = 0.0
 
 
 class ClassifierNetworkConfig(NetworkConfig):
-    """The classifier's network. Few levels and no attention keep its evidence local, and average pooling instead of
-    strided convolutions keeps its gradient maps free of checkerboards."""
+    """The classifier's network, as guided-diffusion's: attention pooling learns small structures much faster than an
+    average over the image, and average pooling between the levels keeps gradient maps free of the checkerboards of
+    strided convolutions."""
 
-    model_channels: Positive = 48
-    channel_mult: tuple[float, ...] = (0.5, 1, 2)
-    attention_downsample: tuple[int, ...] = ()
-    dropout: Fraction = 0.1
+    channel_mult: tuple[float, ...] = Field(default=(0.5, 1, 2, 4), min_length=1)
     resblock_updown: bool = True
-    middle_attention: bool = False
+    pool: Literal["attention", "adaptive"] = "attention"
 
 
 class UNetConfig(NetworkConfig):
@@ -83,8 +81,9 @@ class CDMConfig(Section):
     optimisation: OptimisationConfig = OptimisationConfig(steps=4000)
     null_probability: Fraction = Field(default=0.1, description="share of images trained with the null condition")
     low_noise_share: Fraction = Field(
-        default=0.5, description="share of images whose noise level is drawn from the lowest 30% of the levels, where "
-        "features are read; the rest is drawn from all levels"
+        default=0.5,
+        description="share of images whose noise level is drawn from the lowest 30% of the levels, where "
+        "features are read; the rest is drawn from all levels",
     )
 
 
@@ -92,9 +91,9 @@ class ClassifierConfig(Section):
     """The noise-aware multi-label classifier."""
 
     network: ClassifierNetworkConfig = ClassifierNetworkConfig()
-    optimisation: OptimisationConfig = OptimisationConfig(steps=1500, weight_decay=0.05)
-    max_noise: Fraction = Field(default=0.5, description="highest noise level trained on, as a fraction of T")
-    clean_share: Fraction = Field(default=0.25, description="share of images trained without noise")
+    optimisation: OptimisationConfig = OptimisationConfig(steps=1200, learning_rate=7e-4, weight_decay=0.05)
+    max_noise: Fraction = Field(default=0.25, description="highest noise level trained on, as a fraction of T")
+    clean_share: Fraction = Field(default=0.3, description="share of images trained without noise")
 
 
 class EvidenceConfig(Section):
@@ -107,10 +106,10 @@ class EvidenceConfig(Section):
     sigma: float = Field(default=1.5, ge=0, description="Gaussian smoothing of the gradient map, working pixels")
     percentile: Fraction = 0.99
     cam: Literal["layercam", "gradcam"] = "layercam"
-    cam_downsample: Positive = Field(default=2, description="downsampling factor of the activations that the CAM reads")
-    foreground_gradient: Fraction = 0.5
-    foreground_cam: Fraction = 0.3
-    background_gradient: Fraction = 0.2
+    cam_downsample: Positive = Field(default=4, description="downsampling factor of the activations that the CAM reads")
+    foreground_gradient: Fraction = 0.4
+    foreground_cam: Fraction = 0.1
+    background_gradient: Fraction = 0.15
     background_cam: Fraction = 0.3
 
 
@@ -119,8 +118,9 @@ class FeatureConfig(Section):
 
     noise_levels: tuple[Fraction, ...] = Field(default=(0.02, 0.05, 0.15), min_length=1)
     downsample: tuple[int, ...] = Field(
-        default=(8, 4, 2, 1), min_length=1, description="downsampling factors of the UNet blocks that are read"
+        default=(8, 4, 2), min_length=1, description="downsampling factors of the UNet blocks that are read"
     )
+    prediction: bool = Field(default=True, description="also read the clean image that the CDM predicts")
     condition: Literal["label", "null"] = "null"
 
 
@@ -130,7 +130,7 @@ class DecoderConfig(Section):
     hidden: Positive = 128
     embedding: Positive = 64
     dropout: Fraction = 0.1
-    anchors_per_class: Positive = Field(default=64, description="anchor pixels an image and class")
+    anchors_per_class: Positive = Field(default=32, description="anchor pixels an image and class")
     passes: Positive = Field(default=2, description="augmented readings of every training image's features")
     temperature: float = Field(default=0.1, gt=0)
     variant: Literal["per_positive", "supcon"] = "supcon"
@@ -161,7 +161,7 @@ class DataConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     data: DataConfig = DataConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -180,13 +180,26 @@ class Config(Section):
                 raise ValueError(f"data.size: expected a multiple of {factor} ({name}'s depth), got {self.data.size}")
         return self
 
+    @model_validator(mode="after")
+    def _blocks_that_are_read_exist(self) -> Config:
+        cdm, classifier = self.cdm.network, self.classifier.network
+        for key, asked, levels, patch_size in (
+            ("features.downsample", self.features.downsample, len(cdm.channel_mult), cdm.patch_size),
+            ("evidence.cam_downsample", (self.evidence.cam_downsample,), len(classifier.channel_mult), 1),
+        ):
+            there = [patch_size * 2**level for level in range(levels)]
+            missing = [factor for factor in asked if factor not in there]
+            if missing:
+                raise ValueError(f"{key}: expected factors among {there}, which the network has, got {missing[0]}")
+        return self
+
 
 def load_config(path: Path, overrides: dict[str, Any] | None = None) -> Config:
     """Read a YAML configuration; values of `overrides` (a nested mapping) win. Raises ConfigError, naming the key."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise ConfigError(f"{path}: can't be read ({error.strerror})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read ({error})") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(content, dict):
@@ -201,7 +214,11 @@ def make_config(values: dict[str, Any], source: str = "configuration") -> Config
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{source}: {key + ': ' if key else ''}{first['msg']}, got {first['input']!r}") from error
+        # A rule between sections names its key itself, and its input would be the whole configuration.
+        message = (
+            f"{key}: {first['msg']}, got {first['input']!r}" if key else first["msg"].removeprefix("Value error, ")
+        )
+        raise ConfigError(f"{source}: {message}") from error
 
 
 def save_config(config: Config, path: Path) -> None:

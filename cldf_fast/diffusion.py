@@ -1,9 +1,10 @@
-"""The forward diffusion process and deterministic sampling (Ho et al. 2020, Nichol & Dhariwal 2021, Song et al. 2021)."""
+"""The forward diffusion process (Ho et al. 2020, Nichol & Dhariwal 2021) and DDIM (Song et al. 2021)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -91,7 +92,7 @@ class Diffusion:
         x: [B, C, H, W] at ladder[0]. predict is asked at each entry but the last. A step of -1 (clean) is told to the
         network as step 0, which is the nearest that it knows.
         """
-        for step, to_step in zip(ladder[:-1], ladder[1:], strict=True):
+        for step, to_step in pairwise(ladder):
             steps = torch.full((x.shape[0],), max(step, 0), device=x.device)
             noise = predict(x, self.network_time(steps))
             x = self.ddim_move(x, noise, step, to_step)

@@ -1,4 +1,4 @@
-"""The errors that users meet: each message names what was wrong, what was expected and what to do, in one sentence."""
+"""The errors that users meet: each message names what was wrong, what was expected and what to do, in a sentence."""
 
 
 class CLDFError(Exception):
@@ -6,7 +6,7 @@ class CLDFError(Exception):
 
 
 class DataError(CLDFError, ValueError):
-    """An input file or array can't be used: corrupt, truncated, of the wrong shape or geometry, not finite, constant."""
+    """An input file or array can't be used: corrupt, truncated, wrong shape or geometry, not finite, constant."""
 
 
 class SplitError(DataError):

@@ -16,12 +16,19 @@ from cldf_fast.ops import noised_batch, pixel_seed
 class DiffusionFeatures:
     """Reads decoder blocks of a frozen UNet.
 
-    noise_levels: fractions of T. downsample: downsampling factors; the last block that has each factor is read.
-    channels: channels of each map that a call returns, in the order of `downsample`; the noise levels are concatenated.
+    noise_levels: fractions of T. downsample: downsampling factors; every block with one of them is read.
+    prediction: also the clean image that the network predicts from each noise level, at full size: it sharpens borders.
+    channels: channels of each map that a call returns; the noise levels are concatenated in each.
     """
 
     def __init__(
-        self, unet: UNet, diffusion: Diffusion, *, noise_levels: Sequence[float], downsample: Sequence[int]
+        self,
+        unet: UNet,
+        diffusion: Diffusion,
+        *,
+        noise_levels: Sequence[float],
+        downsample: Sequence[int],
+        prediction: bool = True,
     ) -> None:
         available = unet.output_downsample
         missing = [factor for factor in downsample if factor not in available]
@@ -33,21 +40,27 @@ class DiffusionFeatures:
         self.steps = torch.tensor([diffusion.step_of_fraction(level) for level in noise_levels])
         self.alpha_bar = diffusion.alpha_bar[self.steps]
         self.times = diffusion.network_time(self.steps)
-        self.blocks = [len(available) - 1 - available[::-1].index(factor) for factor in downsample]
-        self.channels = [len(noise_levels) * unet.output_widths[block] for block in self.blocks]
+        self.diffusion = diffusion
+        self.prediction = prediction
+        self.blocks = [block for block, factor in enumerate(available) if factor in downsample]
+        widths = [unet.output_widths[block] for block in self.blocks] + [unet.in_channels] * prediction
+        self.channels = [len(noise_levels) * width for width in widths]
 
     @torch.no_grad()
     def __call__(self, x: Tensor, condition: Tensor | None) -> list[Tensor]:
         """Features of images x [B, C, H, W] in [-1, 1] under a condition (see `UNet.forward`; [B, ...]).
 
         The noise is a function of an image's pixels, so that features never depend on the batch.
-        Returns one [B, channels[i], H / f, W / f] a factor f.
+        Returns one [B, channels[i], H / f, W / f] a block, f its factor; the prediction last, [B, channels[-1], H, W].
         """
         levels, batch = len(self.steps), x.shape[0]
         noised = noised_batch(x, self.alpha_bar.to(x), pixel_seed(x))
         repeated = None if condition is None else condition.repeat(levels, *[1] * (condition.ndim - 1))
         times = self.times.to(x.device).repeat_interleave(batch)
-        read = self.unet.decoder_features(noised, times, repeated, self.blocks)
-        return [
-            read[block].unflatten(0, (levels, batch)).transpose(0, 1).flatten(1, 2) for block in self.blocks
-        ]
+        last = len(self.unet.output_blocks) - 1
+        read = self.unet.decoder_features(noised, times, repeated, [*self.blocks, *[last] * self.prediction])
+        maps = [read[block] for block in self.blocks]
+        if self.prediction:
+            noise = self.unet.read_out(read[last])[:, : self.unet.in_channels]
+            maps.append(self.diffusion.predict_x0(noised, self.steps.to(x.device).repeat_interleave(batch), noise))
+        return [part.unflatten(0, (levels, batch)).transpose(0, 1).flatten(1, 2) for part in maps]

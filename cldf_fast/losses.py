@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 
 from cldf_fast.ops.infonce import pixel_infonce_with_valid
+
+
+class _GatherRows(torch.autograd.Function):
+    """Rows of all processes, in the order of their ranks; the gradient of own rows is summed over the processes."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(grad)
+        return grad.chunk(distributed.get_world_size())[distributed.get_rank()]
 
 
 class PixelInfoNCE(nn.Module):
@@ -39,10 +54,7 @@ class PixelInfoNCE(nn.Module):
         candidates, candidate_labels, first = embeddings, labels, 0
         world = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
         if world > 1:
-            candidates = torch.cat(all_gather(embeddings))
-            gathered = [torch.empty_like(labels) for _ in range(world)]
-            distributed.all_gather(gathered, labels)
-            candidate_labels = torch.cat(gathered)
+            candidates, candidate_labels = _GatherRows.apply(embeddings), _GatherRows.apply(labels)
             first = distributed.get_rank() * embeddings.shape[0]
         own = torch.arange(first, first + embeddings.shape[0], device=embeddings.device)
         loss, valid = pixel_infonce_with_valid(

@@ -9,8 +9,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from cldf_fast.config import ClassifierConfig, Config, UNetConfig
+from cldf_fast.config import Config, UNetConfig
 from cldf_fast.diffusion import Diffusion
+from cldf_fast.errors import CheckpointError, DataError
 from cldf_fast.evidence import ClassifierSaliency, Evidence
 from cldf_fast.features import DiffusionFeatures
 from cldf_fast.models.classifier import NoiseAwareClassifier
@@ -44,9 +45,10 @@ def build_unet(config: UNetConfig, in_channels: int, num_classes: int) -> UNet:
     return UNet(in_channels, num_classes=num_conditions(num_classes), **config.model_dump())
 
 
-def build_classifier(config: ClassifierConfig, in_channels: int, num_classes: int) -> NoiseAwareClassifier:
-    """The classifier for K foreground classes."""
-    return NoiseAwareClassifier(in_channels, num_classes=num_classes, **config.network.model_dump())
+def build_classifier(config: Config, in_channels: int, num_classes: int) -> NoiseAwareClassifier:
+    """The classifier for K foreground classes, at the configuration's working size."""
+    network = config.classifier.network.model_dump()
+    return NoiseAwareClassifier(in_channels, num_classes=num_classes, image_size=config.data.size, **network)
 
 
 def build_diffusion(config: Config) -> Diffusion:
@@ -75,7 +77,11 @@ def build_saliency(config: Config, diffusion: Diffusion, classifier: NoiseAwareC
 def build_features(config: Config, diffusion: Diffusion, unet: UNet) -> DiffusionFeatures:
     """The feature reader of a configuration's features section."""
     return DiffusionFeatures(
-        unet, diffusion, noise_levels=config.features.noise_levels, downsample=config.features.downsample
+        unet,
+        diffusion,
+        noise_levels=config.features.noise_levels,
+        downsample=config.features.downsample,
+        prediction=config.features.prediction,
     )
 
 
@@ -147,7 +153,15 @@ class CLDF:
 
     def _segment(self, images: Tensor, labels: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         if self.decoder is None or self.prototypes is None:
-            raise RuntimeError("segment: expected a trained decoder and prototypes, this CLDF has none")
+            raise CheckpointError(
+                "segment: expected a trained decoder and prototypes, got none; train the decoder first"
+            )
+        expected = (len(images), self.num_classes)
+        if labels is not None and (labels.dtype != torch.bool or labels.shape != expected):
+            raise DataError(
+                f"labels: expected bool {list(expected)}, "
+                f"got {str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}"
+            )
         for first in range(0, len(images), _BATCH):
             x = images[first : first + _BATCH]
             predicted = self.saliency.probability(x)

@@ -1,11 +1,11 @@
 """The RUN directory: everything that a trained CLDF consists of, complete in itself.
 
-    config.yaml          the resolved configuration, the seed in it
-    dataset.json         class and channel names, channels, and where thresholds came from
-    split.csv            patients of train, val and test
-    cdm.safetensors  classifier.safetensors  decoder.safetensors
-    prototypes.safetensors   vectors, bias, label_threshold
-    metrics.jsonl  loss_<network>.png
+config.yaml          the resolved configuration, the seed in it
+dataset.json         class and channel names, channels, and where thresholds came from
+split.csv            patients of train, val and test
+cdm.safetensors  classifier.safetensors  decoder.safetensors
+prototypes.safetensors   vectors, bias, label_threshold
+metrics.jsonl  loss_<network>.png
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Run:
         try:
             content = json.loads((self.path / "dataset.json").read_text(encoding="utf-8"))
             return DatasetRecord(tuple(content["class_names"]), tuple(content["channel_names"]))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.path / 'dataset.json'}: can't be read ({error})") from error
 
     def has(self, network: str) -> bool:
@@ -95,7 +95,7 @@ class Run:
         """The CDM and classifier, and the decoder with its prototypes where they are trained."""
         config, record = self.config(), self.record()
         unet = build_unet(config.cdm.network, record.num_channels, record.num_classes)
-        classifier = build_classifier(config.classifier, record.num_channels, record.num_classes)
+        classifier = build_classifier(config, record.num_channels, record.num_classes)
         self._load_into("cdm", unet)
         self._load_into("classifier", classifier)
         if not self.has("decoder"):
@@ -103,9 +103,26 @@ class Run:
         channels = build_features(config, build_diffusion(config), unet).channels
         decoder = PixelDecoder(channels, hidden=config.decoder.hidden, embedding=config.decoder.embedding)
         self._load_into("decoder", decoder)
-        decision = self._read("prototypes.safetensors")
-        prototypes = Prototypes(decision["vectors"], decision["bias"], float(decision["temperature"]))
-        return CLDF(config, unet, classifier, decoder, prototypes, decision["label_threshold"])
+        return CLDF(config, unet, classifier, decoder, *self._decision(record.num_classes, config.decoder.embedding))
+
+    def _decision(self, classes: int, embedding: int) -> tuple[Prototypes, Tensor]:
+        name = "prototypes.safetensors"
+        tensors = self._read(name)
+        shapes = {key: list(value.shape) for key, value in tensors.items()}
+        per_class = shapes.get("vectors", [0, 0])[1:2]
+        expected = {
+            "bias": [classes + 1],
+            "label_threshold": [classes],
+            "temperature": [],
+            "vectors": [classes + 1, *per_class, embedding],
+        }
+        if shapes != expected:
+            raise CheckpointError(
+                f"{self.path / name}: does not fit the run, expected shapes {expected}, got {shapes}; "
+                "train the decoder again"
+            )
+        prototypes = Prototypes(tensors["vectors"], tensors["bias"], float(tensors["temperature"]))
+        return prototypes, tensors["label_threshold"]
 
     def _write(self, name: str, tensors: dict[str, Tensor]) -> None:
         with atomic_write(self.path / name) as temporary:
@@ -119,7 +136,9 @@ class Run:
             # Weights may be stored in half precision to save space; arithmetic is in float32.
             return {key: value.float() for key, value in load_file(path).items()}
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: can't be read ({error}); it is truncated or not a safetensors file") from error
+            raise CheckpointError(
+                f"{path}: can't be read ({error}); it is truncated or not a safetensors file"
+            ) from error
 
     def _load_into(self, name: str, module: nn.Module) -> None:
         try:

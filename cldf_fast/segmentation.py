@@ -23,7 +23,7 @@ class Prototypes:
     temperature: float
 
     def scores(self, embeddings: Tensor) -> Tensor:
-        """Log-scores [..., K + 1] of embeddings [..., D]: a soft maximum of the similarities to a class's prototypes."""
+        """Log-scores [..., K + 1] of embeddings [..., D]: a soft maximum over the similarities to each prototype."""
         similarity = torch.einsum("...d,kpd->...kp", embeddings, self.vectors) / self.temperature
         return similarity.logsumexp(dim=-1) + self.bias
 
@@ -79,14 +79,16 @@ def calibrate(prototypes: Prototypes, embeddings: Tensor, labels: Tensor, weight
     for k in range(1, len(bias)):
         chosen = (labels == k) | (labels == 0)
         truth = labels[chosen] == k
-        if not truth.any():
+        if truth.all() or not truth.any():
             continue
         margin, order = (scores[chosen, k] - scores[chosen, 0]).sort(descending=True)
         mass = weight[chosen][order].double()
         hit = (mass * truth[order]).cumsum(0)
         f1 = 2 * hit / (mass.cumsum(0) + hit[-1])
-        plateau = margin[f1 >= 0.99 * f1.max()]
-        bias[k] = bias[k] - (plateau[0] + plateau[-1]) / 2
+        plateau = (f1 >= 0.99 * f1.max()).nonzero().flatten()
+        # A threshold can fall to the margin of the pixel after the plateau before it lets that pixel in.
+        below = torch.cat([margin, margin[-1:] - 1])[plateau[-1] + 1]
+        bias[k] = bias[k] - (margin[plateau[0]] + below) / 2
     return Prototypes(prototypes.vectors, bias, prototypes.temperature)
 
 

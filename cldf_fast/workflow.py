@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from cldf_fast.comparison import ALL_BASELINES, Comparison, compare
+from cldf_fast.comparison import Comparison, compare
 from cldf_fast.config import Config, save_config
 from cldf_fast.data import open_split
 from cldf_fast.data.base import SliceDataset
@@ -42,7 +42,9 @@ def make_fabric(config: Config, devices: str = "auto") -> Fabric:
 
 def open_parts(config: Config, data: Path | None) -> dict[str, SliceDataset]:
     """The data set of a configuration, by part of the split."""
-    return open_split(config.data.dataset, data, **({"size": config.data.size} if data is None else {}), **config.data.options)
+    return open_split(
+        config.data.dataset, data, **({"size": config.data.size} if data is None else {}), **config.data.options
+    )
 
 
 def train(
@@ -67,10 +69,17 @@ def train(
         raise ConfigError(f"{out}: holds a run on other classes or channels; choose another --out")
     if fabric.is_global_zero:
         run.create(config, record)
-        write_split(run.split_file, {name: part.subjects for name, part in parts.items()})
+        write_split({name: part.subjects for name, part in parts.items()}, run.split_file)
     fabric.barrier()
     trainer = Trainer(
-        config, run, fabric, pack(parts["train"], config.data.size), pack(parts["val"], config.data.size), record, resume, quiet
+        config,
+        run,
+        fabric,
+        pack(parts["train"], config.data.size),
+        pack(parts["val"], config.data.size),
+        record,
+        resume,
+        quiet,
     )
     trainer.fit(networks)
     if fabric.is_global_zero:
@@ -103,7 +112,9 @@ def evaluate(
     fabric = make_fabric(config)
     if packed is None:
         needed = {split} | ({"train", "val"} if baselines or upper_bound or decoder_seeds > 1 else set())
-        packed = {name: pack(part, config.data.size) for name, part in _parts(config, data, split).items() if name in needed}
+        packed = {
+            name: pack(part, config.data.size) for name, part in _parts(config, data, split).items() if name in needed
+        }
     comparisons = []
     for seed in range(config.seed, config.seed + decoder_seeds):
         seeded = config.model_copy(update={"seed": seed})
@@ -160,7 +171,7 @@ def demo(out: Path, *, quiet: bool = False) -> dict[str, Any]:
     save_config(config, out / "config.yaml")
     fabric = make_fabric(config)
     parts = open_parts(config, None)
-    write_split(run.split_file, {name: part.subjects for name, part in parts.items()})
+    write_split({name: part.subjects for name, part in parts.items()}, run.split_file)
     packed = {name: pack(part, config.data.size) for name, part in parts.items()}
     trainer = Trainer(config, run, fabric, packed["train"], packed["val"], run.record(), quiet=quiet)
     trainer.fit(("decoder",))
@@ -178,7 +189,8 @@ def demo(out: Path, *, quiet: bool = False) -> dict[str, Any]:
 
 def loss_curves(run: Run) -> dict[str, list[tuple[float, float]]]:
     """Points (step, loss) by network, from the run's metrics.jsonl."""
-    path, curves = run.path / "metrics.jsonl", {}
+    path = run.path / "metrics.jsonl"
+    curves: dict[str, list[tuple[float, float]]] = {}
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
@@ -244,7 +256,11 @@ def _joined(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     kept = set(documents[-1]["methods"])
     joined = seeds_summary(
         [
-            {**document, "methods": {name: row for name, row in document["methods"].items() if name in kept}, "data": {}}
+            {
+                **document,
+                "methods": {name: row for name, row in document["methods"].items() if name in kept},
+                "data": {},
+            }
             for document in documents
         ]
     )

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from torch import Tensor
+from torch import Tensor, nn
 
 # No test is timed, so a slow machine must not fail one.
 settings.register_profile("cldf_fast", deadline=None, max_examples=25, print_blob=True)
@@ -40,6 +40,85 @@ def seed(request: pytest.FixtureRequest) -> int:
     random.seed(value)
     print(f"seed {value}")  # pytest shows it with a failure only
     return value
+
+
+@pytest.fixture
+def randomised() -> Callable[[nn.Module], nn.Module]:
+    """Gives every weight a random value: as initialised, residual branches and outputs are zero and tests see nothing."""
+
+    def randomise(module: nn.Module) -> nn.Module:
+        with torch.no_grad():
+            for parameter in module.parameters():
+                noise = torch.randn_like(parameter)
+                if parameter.ndim > 1:
+                    parameter.copy_(noise / parameter[0].numel() ** 0.5)
+                else:
+                    parameter.add_(0.2 * noise)
+        return module
+
+    return randomise
+
+
+@pytest.fixture
+def tiny_config() -> Any:
+    """A `Config` whose networks take milliseconds: 16 pixels, a few channels, a few steps."""
+    from cldf_fast.config import make_config
+
+    steps = {"steps": 6, "batch_size": 4, "warmup_steps": 2, "save_every": 2, "log_every": 1}
+    network = {"model_channels": 8, "channel_mult": [1, 2], "attention_downsample": [2]}
+    return make_config(
+        {
+            "seed": 3,
+            "data": {"size": 16},
+            "cdm": {"network": network, "optimisation": steps},
+            "classifier": {"network": {"model_channels": 32, "channel_mult": [0.5, 1], "dropout": 0.1}, "optimisation": steps},
+            "evidence": {"noise_levels": [0.0, 0.1], "foreground_cam": 0.1},
+            "features": {"noise_levels": [0.02, 0.1], "downsample": [4, 2], "condition": "label"},
+            "decoder": {"hidden": 16, "embedding": 8, "anchors_per_class": 6, "optimisation": steps},
+            "segmentation": {"prototypes_per_class": 2},
+        }
+    )
+
+
+@pytest.fixture
+def tiny_slices() -> Callable[..., Any]:
+    """tiny_slices(n): random `PackedSlices` of two channels and three classes at 16 pixels, labelled at random."""
+    from cldf_fast.data.base import Geometry
+    from cldf_fast.data.packing import PackedSlices
+
+    def make(count: int = 12) -> PackedSlices:
+        labels = torch.rand(count, 3) < 0.4
+        labels[0], labels[1:4] = False, torch.eye(3, dtype=torch.bool)
+        return PackedSlices(
+            images=torch.rand(count, 2, 16, 16) * 2 - 1,
+            labels=labels,
+            masks=[torch.randint(0, 4, (16, 16), dtype=torch.uint8) for _ in range(count)],
+            subjects=[f"p{i // 3}" for i in range(count)],
+            studies=[f"s{i // 3}" for i in range(count)],
+            names=[f"{i}" for i in range(count)],
+            geometries=[Geometry()] * count,
+            indices=list(range(count)),
+            sizes=[(16, 16)] * count,
+            class_names=("liver", "kidneys", "spleen"),
+        )
+
+    return make
+
+
+@pytest.fixture
+def tiny_cldf(tiny_config: Any, randomised: Callable[[nn.Module], nn.Module]) -> Any:
+    """A complete `CLDF` of `tiny_config` for two channels and three classes, with random weights."""
+    from cldf_fast.models.decoder import PixelDecoder
+    from cldf_fast.pipeline import CLDF, build_classifier, build_unet
+    from cldf_fast.segmentation import Prototypes
+
+    unet = randomised(build_unet(tiny_config.cdm.network, 2, 3))
+    classifier = randomised(build_classifier(tiny_config, 2, 3))
+    channels = CLDF(tiny_config, unet, classifier).features.channels
+    decoder = randomised(PixelDecoder(channels, hidden=16, embedding=8))
+    vectors = torch.nn.functional.normalize(torch.randn(4, 2, 8), dim=-1)
+    prototypes = Prototypes(vectors, 0.1 * torch.randn(4), temperature=0.1)
+    return CLDF(tiny_config, unet, classifier, decoder, prototypes, torch.tensor([0.4, 0.5, 0.6]))
 
 
 @pytest.fixture

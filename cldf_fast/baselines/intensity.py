@@ -102,7 +102,8 @@ def head_masks(images: Tensor) -> tuple[Tensor, Tensor]:
     size = pixels[component]
     largest = (size == size.max(axis=(1, 2), keepdims=True)) & bright
     head = ndimage.binary_fill_holes(largest, _IN_PLANE)
-    # A slice is far from its neighbours, so that distances are taken within it.
-    depth = ndimage.distance_transform_edt(head, sampling=(4 * images.shape[-1], 1, 1))
+    # Slices lie far apart, so that distances are taken within them; an empty one more serves slices without air.
+    far = (4 * max(head.shape[1:]), 1, 1)
+    depth = ndimage.distance_transform_edt(np.pad(head, ((1, 0), (0, 0), (0, 0))), sampling=far)[1:]
     core = depth > _RIM * images.shape[-1]
     return torch.from_numpy(head).to(images.device), torch.from_numpy(core).to(images.device)

@@ -61,8 +61,8 @@ def choose_threshold(maps: Tensor, masks: Tensor, present: Tensor) -> Tensor:
 def best_threshold(maps: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     """(threshold, mean Dice over the slices), two scalars; of equal thresholds the lowest.
 
-    maps: [P, h, w], finite. truth: bool [P, h, w], some pixels in every slice. A pixel is marked where its score exceeds
-    the threshold. Candidates lie halfway between quantiles of all pixels' scores.
+    maps: [P, h, w], finite. truth: bool [P, h, w], some pixels in every slice. A pixel is marked where its score
+    exceeds the threshold. Candidates lie halfway between quantiles of all pixels' scores.
     """
     scores, inside = maps.float().flatten(1), truth.flatten(1)
     candidates = _candidates(scores)

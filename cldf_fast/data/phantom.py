@@ -323,8 +323,8 @@ def _draw_lesions(canvas: _Canvas, head: _Frame, axes: tuple[float, float], tiss
     lesions = np.zeros(canvas.shape, dtype=np.float32)
     for _ in range(int(canvas.rng.choice(3, p=(0.2, 0.5, 0.3)))):
         alpha = tissue * _lump(canvas, head, axes, (0.2, 0.34), reach=1.3)
-        flair, t1 = canvas.uniform(0.68, 0.92), canvas.uniform(0.36, 0.5)
-        _paint(channels, alpha, (flair + 0.1 * mottle, t1 - 0.05 * mottle))
+        flair, t1 = canvas.uniform(0.72, 0.92), canvas.uniform(0.36, 0.46)
+        _paint(channels, alpha, (flair + 0.2 * mottle, t1 - 0.08 * mottle))
         lesions = np.maximum(lesions, alpha)
     return lesions
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def grad_cam(activation: Tensor, gradient: Tensor) -> Tensor:
-    """GradCAM (Selvaraju et al. 2017): channels weighted by their mean gradient. [B, C, h, w] twice -> [B, h, w] >= 0."""
+    """GradCAM (Selvaraju et al. 2017): channels weighted by their mean gradient. Two [B, C, h, w] -> [B, h, w] >= 0."""
     weight = gradient.mean(dim=(2, 3), keepdim=True)
     return (weight * activation).sum(dim=1).relu()
 

@@ -20,9 +20,7 @@ class PixelLabels:
     counts: Tensor
 
 
-def pixel_labels(
-    evidence: Evidence, image_label: Tensor, thresholds: tuple[float, float, float, float]
-) -> PixelLabels:
+def pixel_labels(evidence: Evidence, image_label: Tensor, thresholds: tuple[float, float, float, float]) -> PixelLabels:
     """Fuse a batch's evidence (see `ops.fuse_evidence`) and count what came out. image_label: bool [B, K]."""
     labels = fuse_evidence(evidence.gradient_map, evidence.cam, image_label, thresholds=thresholds)
     values = torch.arange(-1, image_label.shape[1] + 1, device=labels.device, dtype=labels.dtype)

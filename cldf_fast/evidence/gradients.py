@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -71,13 +72,12 @@ class ClassifierSaliency:
         self.cam = cam_methods.METHODS[cam]
         self.target = target
         self.multi_label = multi_label
-        self.saliency = {"reduce": reduce, "percentile": percentile, "sigma": sigma}
+        self.saliency = partial(gradient_saliency, reduce=reduce, percentile=percentile, sigma=sigma)
         self.max_batch = max_batch
 
     def __call__(self, x: Tensor) -> Evidence:
         """Evidence for images x float32 [B, C, H, W] in [-1, 1]. An image's result never depends on its batch."""
-        chunk = max(1, self.max_batch // len(self.alpha_bar))
-        parts = [self._chunk(part) for part in x.split(chunk)]
+        parts = [self._chunk(part) for part in self._split(x)]
         return Evidence(
             torch.cat([part.gradient_map for part in parts]),
             torch.cat([part.cam for part in parts]),
@@ -87,29 +87,38 @@ class ClassifierSaliency:
     @torch.no_grad()
     def probability(self, x: Tensor) -> Tensor:
         """The `Evidence.probability` of images x, without the backward passes."""
-        noised = noised_batch(x, self.alpha_bar.to(x), pixel_seed(x))
-        logits = self.classifier(noised, self.timesteps.to(x.device).repeat_interleave(x.shape[0]))
-        return self._log_probability(logits).exp().float().unflatten(0, (-1, x.shape[0])).mean(dim=0)
+        return torch.cat([self._probability(self._classify(self._noised(part))) for part in self._split(x)])
+
+    def _split(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x.split(max(1, self.max_batch // len(self.alpha_bar)))
+
+    def _noised(self, x: Tensor) -> Tensor:
+        return noised_batch(x, self.alpha_bar.to(x), pixel_seed(x))
+
+    def _classify(self, noised: Tensor) -> Tensor:
+        times = self.timesteps.to(noised.device)
+        return self.classifier(noised, times.repeat_interleave(noised.shape[0] // len(times)))
+
+    def _probability(self, logits: Tensor) -> Tensor:
+        return self._log_probability(logits).exp().float().unflatten(0, (len(self.alpha_bar), -1)).mean(dim=0)
 
     def _log_probability(self, logits: Tensor) -> Tensor:
         return F.logsigmoid(logits) if self.multi_label else F.log_softmax(logits, dim=1)
 
+    @torch.enable_grad()
     def _chunk(self, x: Tensor) -> Evidence:
         levels, batch = len(self.alpha_bar), x.shape[0]
-        noised = noised_batch(x, self.alpha_bar.to(x), pixel_seed(x))
+        noised = self._noised(x).requires_grad_(True)
         activations: list[Tensor] = []
         hook = None
         if self.cam_layer is not None:
             hook = self.cam_layer.register_forward_hook(lambda _module, _args, output: activations.append(output))
         try:
-            with torch.enable_grad():
-                noised.requires_grad_(True)
-                logits = self.classifier(noised, self.timesteps.to(x.device).repeat_interleave(batch))
+            logits = self._classify(noised)
         finally:
             if hook is not None:
                 hook.remove()
-        log_probability = self._log_probability(logits)
-        scores = log_probability if self.target == "log_probability" else logits
+        scores = self._log_probability(logits) if self.target == "log_probability" else logits
         classes = scores.shape[1]
         gradient_maps, cams = [], []
         # One backward pass a class over one shared forward pass: stacking the classes in the batch would repeat the
@@ -117,11 +126,10 @@ class ClassifierSaliency:
         for k in range(classes):
             gradients = torch.autograd.grad(scores[:, k].sum(), [noised, *activations], retain_graph=k + 1 < classes)
             by_level = gradients[0].unflatten(0, (levels, batch))
-            gradient_maps.append(gradient_saliency(by_level, **self.saliency))
+            gradient_maps.append(self.saliency(by_level))
             if activations:
                 maps = self.cam(activations[0].detach(), gradients[1]).unflatten(0, (levels, batch))
                 cams.append(cam_methods.average_levels(maps, (x.shape[2], x.shape[3])))
             else:
                 cams.append(torch.zeros_like(gradient_maps[-1]))
-        probability = log_probability.detach().exp().float().unflatten(0, (levels, batch)).mean(dim=0)
-        return Evidence(torch.stack(gradient_maps, dim=1), torch.stack(cams, dim=1), probability)
+        return Evidence(torch.stack(gradient_maps, dim=1), torch.stack(cams, dim=1), self._probability(logits.detach()))

@@ -24,8 +24,6 @@ class NoiseAwareClassifier(nn.Module):
 
     num_classes: K logits. The project's own classifiers are multi-label: logit k belongs to foreground class k + 1 and
     goes through a sigmoid. Published ones are softmax heads over classes that include "healthy".
-    middle_attention: False leaves the attention of the middle block out, so that what a place says stays local: maps are
-    sharper. Published classifiers have it.
     pool: "adaptive" (global average, then a linear layer) or "attention" (needs image_size, fixed by its positions).
     Other arguments as in `UNet`.
     """
@@ -44,7 +42,6 @@ class NoiseAwareClassifier(nn.Module):
         scale_shift: bool = True,
         resblock_updown: bool = False,
         new_attention_order: bool = False,
-        middle_attention: bool = True,
         pool: str = "adaptive",
         image_size: int | None = None,
     ) -> None:
@@ -58,9 +55,7 @@ class NoiseAwareClassifier(nn.Module):
         )
 
         def residual(channels: int, out: int, resample: str | None = None) -> ResBlock:
-            return ResBlock(
-                channels, embedding, out, dropout=dropout, scale_shift=scale_shift, resample=resample
-            )
+            return ResBlock(channels, embedding, out, dropout=dropout, scale_shift=scale_shift, resample=resample)
 
         def attention(channels: int) -> AttentionBlock:
             if channels % num_head_channels:
@@ -81,16 +76,14 @@ class NoiseAwareClassifier(nn.Module):
                 self.block_downsample.append(2**level)
             if level < len(channel_mult) - 1:
                 blocks.append(
-                    EmbedSequential(
-                        residual(channels, channels, "down") if resblock_updown else Downsample(channels)
-                    )
+                    EmbedSequential(residual(channels, channels, "down") if resblock_updown else Downsample(channels))
                 )
                 self.block_downsample.append(2 ** (level + 1))
         self.input_blocks = nn.ModuleList(blocks)
         self.downsample_factor = 2 ** (len(channel_mult) - 1)
         self.middle_block = EmbedSequential(
             residual(channels, channels),
-            attention(channels) if middle_attention else nn.Identity(),
+            attention(channels),
             residual(channels, channels),
         )
         head: list[nn.Module] = [group_norm(channels), nn.SiLU()]
@@ -99,9 +92,7 @@ class NoiseAwareClassifier(nn.Module):
         elif pool == "attention":
             if image_size is None:
                 raise ConfigError("image_size: expected the size in pixels because pool='attention', got none")
-            head.append(
-                AttentionPool(image_size // self.downsample_factor, channels, num_head_channels, num_classes)
-            )
+            head.append(AttentionPool(image_size // self.downsample_factor, channels, num_head_channels, num_classes))
         else:
             raise ConfigError(f"pool: expected 'adaptive' or 'attention', got {pool!r}")
         self.out = nn.Sequential(*head)
@@ -117,7 +108,9 @@ class NoiseAwareClassifier(nn.Module):
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """Logits [B, num_classes] of x [B, C, H, W] at timesteps [B] (the units that the network was trained on)."""
-        embedding = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.time_embed[0].weight))
+        embedding = self.time_embed(
+            timestep_embedding(timesteps, self.model_channels).to(next(self.parameters()).dtype)
+        )
         if x.shape[-1] % self.downsample_factor or x.shape[-2] % self.downsample_factor:
             raise ConfigError(
                 f"x: expected height and width to be multiples of {self.downsample_factor}, "

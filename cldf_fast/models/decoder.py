@@ -21,7 +21,9 @@ class PixelDecoder(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, channels: Sequence[int], *, hidden: int = 128, embedding: int = 64, dropout: float = 0.0) -> None:
+    def __init__(
+        self, channels: Sequence[int], *, hidden: int = 128, embedding: int = 64, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.channels = list(channels)
         self.first = nn.Linear(sum(channels), hidden)
@@ -78,8 +80,12 @@ def read_at(features: Sequence[Tensor], pixels: Tensor, size: tuple[int, int]) -
     row = (pixels // width + 0.5) * (2 / height) - 1
     column = (pixels % width + 0.5) * (2 / width) - 1
     grid = torch.stack([column, row], dim=-1).unsqueeze(2)
-    read = [
-        F.grid_sample(block, grid.to(block.dtype), mode="bilinear", padding_mode="border", align_corners=False)
-        for block in features
-    ]
+    read = []
+    for block in features:
+        # Half precision can't tell the pixels of a row apart, and grid_sample wants positions in the dtype of the map.
+        dtype = torch.promote_types(block.dtype, torch.float32)
+        sampled = F.grid_sample(
+            block.to(dtype), grid.to(dtype), mode="bilinear", padding_mode="border", align_corners=False
+        )
+        read.append(sampled.to(block.dtype))
     return torch.cat(read, dim=1).squeeze(3).transpose(1, 2)

@@ -72,7 +72,7 @@ class ResBlock(nn.Module):
     """Two normalised convolutions around the embedding, added to the input.
 
     scale_shift: the embedding scales and shifts the second norm (ADM) instead of being added before it (DDPM).
-    resample: "up" doubles, "down" halves both the branch and the input (resblock_updown checkpoints); None keeps the size.
+    resample: "up" doubles, "down" halves both the branch and the input (resblock_updown checkpoints); None keeps both.
     """
 
     def __init__(
@@ -88,9 +88,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.resample = resample
-        self.in_layers = nn.Sequential(
-            group_norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
+        self.in_layers = nn.Sequential(group_norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, (2 if scale_shift else 1) * out_channels))
         self.out_layers = nn.Sequential(
             group_norm(out_channels),
@@ -125,8 +123,8 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over pixels, added to the input.
 
-    Unlike the published block it has no custom checkpoint function: input gradients pass through a frozen network, which
-    is what saliency needs. new_order: heads are split after q, k, v ("use_new_attention_order"); published default: before.
+    Unlike the published block it has no custom checkpoint function: input gradients pass through a frozen network, as
+    saliency needs. new_order: heads are split after q, k, v ("use_new_attention_order"); by default before.
     """
 
     def __init__(self, channels: int, num_heads: int, *, new_order: bool = False) -> None:
@@ -145,7 +143,7 @@ class AttentionBlock(nn.Module):
 
 
 def multi_head_attention(qkv: Tensor, num_heads: int, *, new_order: bool) -> Tensor:
-    """Attention of packed projections [B, 3C, L] -> [B, C, L]; new_order tells how heads and q, k, v are interleaved."""
+    """Attention of packed projections [B, 3C, L] -> [B, C, L]; new_order: how heads and q, k, v are interleaved."""
     batch, width, length = qkv.shape
     per_head = width // (3 * num_heads)
     if new_order:

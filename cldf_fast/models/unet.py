@@ -30,8 +30,8 @@ class UNet(nn.Module):
     attention_downsample: levels at which attention is used, named by 2**i; the middle block always has it.
     num_classes: rows of the class table, None: unconditional. What a row means is the caller's: see `conditions`.
     num_heads or num_head_channels: attention heads, or channels a head has (which wins where given).
-    patch_size: side of the pixel blocks that are folded into channels before the first convolution and unfolded after the
-    last; 1 in published checkpoints. 2 costs a quarter of the arithmetic at the same image size.
+    patch_size: side of the pixel blocks that are folded into channels before the first convolution and unfolded after
+    the last; 1 in published checkpoints. 2 costs a quarter of the arithmetic at the same image size.
     """
 
     def __init__(
@@ -132,7 +132,9 @@ class UNet(nn.Module):
 
     def embed(self, timesteps: Tensor, condition: Tensor | None) -> Tensor:
         """The embedding [B, 4 * model_channels] of time [B] and condition (see forward)."""
-        embedding = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.time_embed[0].weight))
+        embedding = self.time_embed(
+            timestep_embedding(timesteps, self.model_channels).to(next(self.parameters()).dtype)
+        )
         if (condition is None) != (self.num_classes is None):
             raise ConfigError(
                 "condition: expected one because the network has a class table, got none"
@@ -153,7 +155,11 @@ class UNet(nn.Module):
         (a set of classes is the mean of their rows). Returns [B, out_channels, H, W].
         """
         features = self.decoder_features(x, timesteps, condition, range(len(self.output_blocks)))
-        return F.pixel_shuffle(self.out(features[len(self.output_blocks) - 1]), self.patch_size)
+        return self.read_out(features[len(self.output_blocks) - 1])
+
+    def read_out(self, last: Tensor) -> Tensor:
+        """The prediction [B, out_channels, H, W] from what the last of output_blocks returned."""
+        return F.pixel_shuffle(self.out(last), self.patch_size)
 
     def decoder_features(
         self, x: Tensor, timesteps: Tensor, condition: Tensor | None, blocks: Sequence[int]

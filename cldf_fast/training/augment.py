@@ -44,11 +44,10 @@ class Augmentation:
 
 
 def draw_augmentation(
-    batch: int, channels: int, size: tuple[int, int], generator: torch.Generator, *, flip: bool, strength: float = 1.0
+    batch: int, channels: int, size: tuple[int, int], generator: torch.Generator, *, flip: bool
 ) -> Augmentation:
     """Draw rotations, scalings, shifts, gains, offsets and bias fields.
 
-    strength: multiplies the range of rotations, scalings and shifts.
     flip: mirror left and right in half of the images; only where left and right mean the same (a head; not an abdomen).
     """
     device = generator.device
@@ -56,11 +55,11 @@ def draw_augmentation(
     def uniform(*shape: int) -> Tensor:
         return 2 * torch.rand(*shape, generator=generator, device=device) - 1
 
-    angle = strength * uniform(batch) * _MAX_ROTATION
-    scale = torch.exp(strength * uniform(batch) * _MAX_LOG_SCALE)
+    angle = uniform(batch) * _MAX_ROTATION
+    scale = torch.exp(uniform(batch) * _MAX_LOG_SCALE)
     mirror = torch.sign(uniform(batch)) if flip else torch.ones(batch, device=device)
     cos, sin = scale * angle.cos(), scale * angle.sin()
-    shift = strength * 2 * _MAX_SHIFT * uniform(batch, 2)
+    shift = 2 * _MAX_SHIFT * uniform(batch, 2)
     theta = torch.stack(
         [
             torch.stack([mirror * cos, -mirror * sin, shift[:, 0]], dim=1),

@@ -26,7 +26,7 @@ def cdm_loss(data: PackedSlices, diffusion: Diffusion, config: CDMConfig, *, fli
         rows = torch.randint(len(data), (batch,), generator=generator, device=device)
         x = data.images[rows.cpu()].to(device)
         if config.optimisation.augment:
-            x = draw_augmentation(batch, x.shape[1], x.shape[-2:], generator, flip=flip).images(x)
+            x = draw_augmentation(batch, x.shape[1], (x.shape[2], x.shape[3]), generator, flip=flip).images(x)
         condition = label_condition(labels[rows.cpu()].to(device))
         dropped = torch.rand(batch, 1, generator=generator, device=device) < config.null_probability
         condition = torch.where(dropped, null_condition(batch, labels.shape[1], device), condition)

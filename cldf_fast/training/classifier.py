@@ -12,17 +12,10 @@ from cldf_fast.diffusion import Diffusion
 from cldf_fast.training.augment import draw_augmentation
 from cldf_fast.training.engine import LossFunction, StepDraws
 
-# Strong scalings and shifts: otherwise the size of the head tells the slice's height, and height predicts the label.
-_STRENGTH = 2.0
 
-
-def classifier_loss(
-    data: PackedSlices, diffusion: Diffusion, config: ClassifierConfig, *, flip: bool
-) -> LossFunction:
-    """Binary cross-entropy of every class on noised slices; classes rarer than half of the slices weigh more."""
+def classifier_loss(data: PackedSlices, diffusion: Diffusion, config: ClassifierConfig, *, flip: bool) -> LossFunction:
+    """Binary cross-entropy of every class on noised random slices."""
     labels = data.require_labels().float()
-    share = labels.mean(dim=0).clamp(0.02, 0.98)
-    positive_weight = (1 - share) / share
 
     def loss(classifier: nn.Module, draws: StepDraws) -> Tensor:
         generator, batch = draws.generator, draws.batch_size
@@ -30,16 +23,13 @@ def classifier_loss(
         rows = torch.randint(len(data), (batch,), generator=generator, device=device)
         x, target = data.images[rows.cpu()].to(device), labels[rows.cpu()].to(device)
         if config.optimisation.augment:
-            drawn = draw_augmentation(
-                batch, x.shape[1], (x.shape[2], x.shape[3]), generator, flip=flip, strength=_STRENGTH
-            )
-            x = drawn.images(x)
+            x = draw_augmentation(batch, x.shape[1], (x.shape[2], x.shape[3]), generator, flip=flip).images(x)
         noisy = torch.rand(batch, generator=generator, device=device) >= config.clean_share
         level = torch.rand(batch, generator=generator, device=device) * config.max_noise * noisy
         steps = (level * (diffusion.timesteps - 1)).long()
         noise = torch.randn(x.shape, generator=generator, device=device)
         x, target, steps, noise = (draws.mine(value) for value in (x, target, steps, noise))
         logits = classifier(diffusion.q_sample(x, steps, noise), diffusion.network_time(steps))
-        return F.binary_cross_entropy_with_logits(logits, target, pos_weight=positive_weight.to(device))
+        return F.binary_cross_entropy_with_logits(logits, target)
 
     return loss

@@ -20,7 +20,7 @@ from cldf_fast.losses import PixelInfoNCE
 from cldf_fast.models.decoder import read_at
 from cldf_fast.ops import sample_anchors
 from cldf_fast.training.augment import draw_augmentation
-from cldf_fast.training.engine import LossFunction, StepDraws
+from cldf_fast.training.engine import LossFunction, StepDraws, derived_seed
 from cldf_fast.training.progress import Progress
 
 _READ_BATCH = 16  # images in one pass of the CDM
@@ -30,8 +30,8 @@ _READ_BATCH = 16  # images in one pass of the CDM
 class AnchorBank:
     """Anchors of N readings (images times passes) and what the CDM says about them.
 
-    features: float16 [N, A, C]. labels: int64 [N, A], -1 where padding. weight: float32 [N, A], pixels of its image that
-    an anchor stands for. foreground: bool [N], whether any foreground class is among the anchors.
+    features: float16 [N, A, C]. labels: int64 [N, A], -1 where padding. weight: float32 [N, A], pixels of its image
+    that an anchor stands for. foreground: bool [N], whether any foreground class is among the anchors.
     """
 
     features: Tensor
@@ -67,9 +67,7 @@ def read_anchors(
     each returns the whole bank.
     """
     total, size = images.shape[0], (images.shape[2], images.shape[3])
-    batches = [
-        (number, rows) for number in range(passes) for rows in torch.arange(total).split(_READ_BATCH)
-    ]
+    batches = [(number, rows) for number in range(passes) for rows in torch.arange(total).split(_READ_BATCH)]
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     mine = batches[fabric.global_rank :: fabric.world_size]
     with Progress("features at anchors", len(mine), quiet=quiet or not fabric.is_global_zero) as progress:
@@ -77,7 +75,7 @@ def read_anchors(
             x, labels = images[rows].to(fabric.device), pixel_labels[rows].to(fabric.device)
             if augment and number > 0:
                 generator = torch.Generator(device=fabric.device)
-                generator.manual_seed((seed * 1_000_003 + number) * 1_000_003 + int(rows[0]))
+                generator.manual_seed(derived_seed(seed, number, int(rows[0])))
                 drawn = draw_augmentation(len(rows), x.shape[1], size, generator, flip=flip)
                 x, labels = drawn.images(x), drawn.labels(labels)
             key = (number * total + rows).to(fabric.device)

@@ -8,6 +8,7 @@ processes equals a run of one with the same joint batch.
 from __future__ import annotations
 
 import json
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from cldf_fast.config import OptimisationConfig
-from cldf_fast.errors import CheckpointError
+from cldf_fast.errors import CheckpointError, ConfigError
 from cldf_fast.files import atomic_write, atomic_write_text
 from cldf_fast.training.progress import Progress
 
@@ -46,10 +47,17 @@ LossFunction = Callable[[nn.Module, StepDraws], Tensor]
 """(module, draws) -> loss of this process's rows, a scalar whose mean over processes is the joint loss."""
 
 
+def derived_seed(seed: int, *path: int) -> int:
+    """A seed for a place below `seed` (a stream, a step), in the range that torch's generators take."""
+    for part in path:
+        seed = seed * 1_000_003 + part
+    return seed % 2**63
+
+
 def step_draws(seed: int, stream: str, step: int, batch_size: int, fabric: Fabric) -> StepDraws:
     """The random source of a step (see the module's first lines)."""
     generator = torch.Generator(device=fabric.device)
-    generator.manual_seed((seed * 1_000_003 + _STREAMS[stream]) * 1_000_003 + step)
+    generator.manual_seed(derived_seed(seed, _STREAMS[stream], step))
     return StepDraws(generator, batch_size, fabric.global_rank, fabric.world_size)
 
 
@@ -73,34 +81,37 @@ def fit(
     resume: bool,
     quiet: bool = False,
 ) -> nn.Module:
-    """Train `module` in place and return a copy with the moving average of its weights.
+    """Train `module` in place and return it with the moving average of its weights, in evaluation mode.
 
     name: "cdm", "classifier" or "decoder"; names the files in `run`: `<name>.checkpoint` (training state),
     `metrics.jsonl` (a row each log_every steps: network, step, loss, lr, seconds). resume: go on from the checkpoint
-    where there is one. On KeyboardInterrupt the state is saved first.
+    where there is one, to the same weights as if it had never stopped.
     """
     if config.batch_size % fabric.world_size:
-        raise CheckpointError(
+        raise ConfigError(
             f"batch_size: expected a multiple of the {fabric.world_size} processes, got {config.batch_size}"
         )
+    # Before the optimiser: its state, when it is restored, goes where the weights are.
+    module.to(fabric.device)
     average = {key: value.detach().clone() for key, value in module.state_dict().items()}
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99)
     )
     path = run / f"{name}.checkpoint"
-    step = 0
+    first = 0
     if resume and path.exists():
-        step = _restore(path, module, optimizer, average)
-    if step < config.steps:
+        first = _restore(path, module, optimizer, average)
+    if first < config.steps:
         trained, optimizer = fabric.setup(module, optimizer)
         average = {key: value.to(fabric.device) for key, value in average.items()}
-        log = MetricsLog(run / "metrics.jsonl", name, step, enabled=fabric.is_global_zero)
+        log = MetricsLog(run / "metrics.jsonl", name, first, enabled=fabric.is_global_zero)
         trained.train()
-        with Progress(name, config.steps, step, quiet=quiet or not fabric.is_global_zero) as progress:
+        with Progress(name, config.steps, first, quiet=quiet or not fabric.is_global_zero) as progress:
             try:
-                for step in range(step, config.steps):
+                for step in range(first, config.steps):
                     loss = _step(trained, optimizer, loss_function, config, fabric, seed, name, step, average, module)
                     if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+                        loss = fabric.all_reduce(loss, reduce_op="mean")
                         log.write(step + 1, loss, optimizer.param_groups[0]["lr"])
                         progress.update(step + 1, float(loss))
                     if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
@@ -128,7 +139,7 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate * learning_rate_factor(step, config)
     draws = step_draws(seed, name, step, config.batch_size, fabric)
-    torch.manual_seed(seed * 1_000_003 + step)  # dropout draws from the global generator
+    torch.manual_seed(derived_seed(seed, step))  # dropout draws from the global generator
     loss = loss_function(trained, draws)
     optimizer.zero_grad(set_to_none=True)
     fabric.backward(loss)
@@ -145,9 +156,7 @@ def _step(
     return loss.detach()
 
 
-def _save(
-    path: Path, module: nn.Module, optimizer: Any, average: dict[str, Tensor], step: int, fabric: Fabric
-) -> None:
+def _save(path: Path, module: nn.Module, optimizer: Any, average: dict[str, Tensor], step: int, fabric: Fabric) -> None:
     if fabric.is_global_zero:
         state = {"module": module.state_dict(), "average": average, "optimizer": optimizer.state_dict(), "step": step}
         with atomic_write(path) as temporary:
@@ -162,18 +171,29 @@ def _restore(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, av
         optimizer.load_state_dict(state["optimizer"])
         average.update(state["average"])
         return int(state["step"])
-    except (OSError, KeyError, RuntimeError, ValueError, EOFError) as error:
-        raise CheckpointError(
-            f"{path}: can't be resumed from ({str(error).splitlines()[0]}); delete it to start this network again"
-        ) from error
+    # What torch.load raises depends on where a file is damaged; AttributeError and TypeError are another object's.
+    except (
+        OSError,
+        LookupError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        pickle.PickleError,
+        AttributeError,
+        TypeError,
+    ) as e:
+        reason = next(iter(str(e).splitlines()), type(e).__name__)
+        raise CheckpointError(f"{path}: can't be resumed from ({reason}); delete it to start this network again") from e
 
 
 class MetricsLog:
-    """Rows of `metrics.jsonl`. Rows of this network at or after the first step are dropped: they will be written again."""
+    """Rows of `metrics.jsonl`. Rows of this network after the first step are dropped: they will be written again."""
 
     def __init__(self, path: Path, network: str, first_step: int, *, enabled: bool = True) -> None:
         self.path, self.network, self.enabled = path, network, enabled
         self.start = time.perf_counter()
+        if enabled:
+            path.parent.mkdir(parents=True, exist_ok=True)
         if enabled and path.exists():
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             kept = [row for row in rows if row["network"] != network or row["step"] <= first_step]

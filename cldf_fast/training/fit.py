@@ -46,6 +46,8 @@ class Trainer:
         for name in NETWORKS:
             if name in networks:
                 getattr(self, f"_fit_{name}")()
+                # The next network is trained on what the first process has just written.
+                self.fabric.barrier()
 
     def _fit_cdm(self) -> None:
         config = self.config
@@ -57,7 +59,7 @@ class Trainer:
     def _fit_classifier(self) -> None:
         config = self.config
         torch.manual_seed(config.seed)
-        classifier = build_classifier(config.classifier, self.record.num_channels, self.record.num_classes)
+        classifier = build_classifier(config, self.record.num_channels, self.record.num_classes)
         loss = classifier_loss(self.train, build_diffusion(config), config.classifier, flip=self.config.data.mirror)
         self._fit("classifier", classifier, loss, config.classifier.optimisation)
 

@@ -84,7 +84,7 @@ def patch_header(path: Path, **fields: Any) -> Path:
 
 
 @pytest.mark.parametrize("oblique", [False, True])
-@pytest.mark.parametrize("axcodes", ["LAS", "RAS", "LPS", "PIR", "SAL", "ILA"])
+@pytest.mark.parametrize("axcodes", ["LAS", "RAS", "LPS", "PIR", "SAL", "RIA", "ARS"])
 def test_nifti_is_canonical_and_every_voxel_keeps_its_place(
     tmp_path: Path, rng: np.random.Generator, axcodes: str, oblique: bool
 ) -> None:
@@ -104,7 +104,7 @@ def test_nifti_is_canonical_and_every_voxel_keeps_its_place(
 
 
 @pytest.mark.parametrize("codes", [(1, 2), (1, 0), (0, 4), (0, 0)])
-@pytest.mark.parametrize("axcodes", ["LAS", "RAS", "LPS", "PIR", "SRA"])
+@pytest.mark.parametrize("axcodes", ["LAS", "RAS", "LPS", "PIR", "SRA", "RIA", "ARS"])
 def test_nifti_mask_goes_back_to_the_input_grid(
     tmp_path: Path, rng: np.random.Generator, axcodes: str, codes: tuple[int, int]
 ) -> None:

@@ -1,0 +1,205 @@
+"""Classifier saliency against one image, one level, one class at a time, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor, nn
+
+from cldf_fast.diffusion import Diffusion
+from cldf_fast.errors import ConfigError
+from cldf_fast.evidence import ClassifierSaliency, Evidence, pixel_labels
+from cldf_fast.models.classifier import NoiseAwareClassifier
+from cldf_fast.ops import noised_batch, pixel_seed
+
+Randomise = Callable[[nn.Module], nn.Module]
+
+STEPS = torch.tensor([0, 100, 300])
+SIGMA, PERCENTILE = 1.0, 0.9
+
+
+@pytest.fixture
+def classifier(randomised: Randomise) -> NoiseAwareClassifier:
+    # Wide enough for several channels in a normalised group: GradCAM's mean gradient vanishes where each has its own.
+    network = NoiseAwareClassifier(
+        2, 16, num_classes=3, channel_mult=(1, 4), attention_downsample=(2,), num_head_channels=16
+    )
+    randomised(network)
+    return network.double().eval().requires_grad_(False)
+
+
+def saliency(classifier: NoiseAwareClassifier, **options: Any) -> ClassifierSaliency:
+    diffusion = Diffusion()
+    arguments: dict[str, Any] = {
+        "alpha_bar": diffusion.alpha_bar[STEPS],
+        "timesteps": diffusion.network_time(STEPS),
+        "cam_layer": classifier.block_at(2),
+        "sigma": SIGMA,
+        "percentile": PERCENTILE,
+        **options,
+    }
+    return ClassifierSaliency(classifier, **arguments)
+
+
+def images(count: int) -> Tensor:
+    return (torch.rand(count, 2, 12, 8) * 2 - 1).double()
+
+
+def naive(
+    classifier: NoiseAwareClassifier, x: Tensor, *, multi_label: bool, target: str, reduce: str, cam: str, draws: int
+) -> Evidence:
+    """The definition, written out for one image x [1, C, H, W]."""
+    steps = STEPS.repeat(draws)
+    noised = noised_batch(x, Diffusion().alpha_bar.to(x)[steps], pixel_seed(x))
+    grads, cams, probabilities = ([[] for _ in range(3)] for _ in range(3))
+    kept: list[Tensor] = []
+    hook = classifier.block_at(2).register_forward_hook(lambda _m, _a, out: kept.append(out))
+    for level, step in enumerate(steps):
+        for k in range(3):
+            x_t = noised[level : level + 1].clone().requires_grad_()
+            kept.clear()
+            logits = classifier(x_t, step.float().view(1))
+            probability = torch.sigmoid(logits) if multi_label else torch.exp(logits) / torch.exp(logits).sum()
+            score = logits[0, k] if target == "logit" else torch.log(probability[0, k])
+            gradient, inner = torch.autograd.grad(score, [x_t, kept[0]])
+            magnitude = gradient[0].abs().numpy()
+            reduced = {
+                "sum_abs": magnitude.sum(axis=0),
+                "max_abs": magnitude.max(axis=0),
+                "l2": np.sqrt((magnitude**2).sum(axis=0)),
+            }[reduce]
+            grads[k].append(reduced / reduced.mean())
+            activation, inner = kept[0].detach()[0].numpy(), inner[0].numpy()
+            weight = inner.mean(axis=(1, 2), keepdims=True) if cam == "gradcam" else np.maximum(inner, 0)
+            heat = np.maximum((weight * activation).sum(axis=0), 0)
+            cams[k].append(heat / heat.max() if heat.max() > 0 else heat)
+            probabilities[k].append(float(probability[0, k].detach()))
+    hook.remove()
+    gradient_maps, cam_maps = [], []
+    for k in range(3):
+        blurred = ndimage.gaussian_filter(np.mean(grads[k], axis=0), SIGMA, mode="mirror", truncate=4.0)
+        upper = np.sort(blurred.ravel())[int(np.ceil(PERCENTILE * blurred.size)) - 1]
+        gradient_maps.append(torch.from_numpy(np.clip(blurred / upper, 0, 1)))
+        mean = torch.from_numpy(np.mean(cams[k], axis=0))
+        wide = F.interpolate(mean[None, None], x.shape[2:], mode="bilinear")[0, 0]
+        cam_maps.append(wide / wide.max() if wide.max() > 0 else wide)
+    return Evidence(torch.stack(gradient_maps), torch.stack(cam_maps), torch.tensor(probabilities).mean(dim=1))
+
+
+@pytest.mark.parametrize(
+    ("multi_label", "target", "reduce", "cam", "draws"),
+    [
+        (True, "log_probability", "sum_abs", "layercam", 1),
+        (False, "log_probability", "max_abs", "gradcam", 2),
+        (True, "logit", "l2", "gradcam", 1),
+    ],
+)
+def test_it_equals_the_definition(
+    classifier: NoiseAwareClassifier, multi_label: bool, target: Any, reduce: Any, cam: Any, draws: int
+) -> None:
+    options = {"multi_label": multi_label, "target": target, "reduce": reduce, "cam": cam, "draws": draws}
+    x = images(3)
+    got = saliency(classifier, **options)(x)
+    assert got.gradient_map.shape == got.cam.shape == (3, 3, 12, 8)
+    assert got.gradient_map.dtype == got.cam.dtype == got.probability.dtype == torch.float32
+    for i in range(3):
+        expected = naive(classifier, x[i : i + 1], **options)
+        torch.testing.assert_close(got.gradient_map[i].double(), expected.gradient_map, rtol=0, atol=1e-6)
+        torch.testing.assert_close(got.cam[i].double(), expected.cam, rtol=0, atol=1e-5)
+        torch.testing.assert_close(got.probability[i], expected.probability, rtol=0, atol=1e-6)
+
+
+def test_an_image_depends_neither_on_its_batch_nor_on_max_batch(classifier: NoiseAwareClassifier) -> None:
+    x = images(5)
+    together = saliency(classifier)(x)
+    order = torch.randperm(5)
+    for max_batch in (1, 7):
+        shuffled = saliency(classifier, max_batch=max_batch)(x[order])
+        torch.testing.assert_close(shuffled.gradient_map, together.gradient_map[order], rtol=0, atol=1e-6)
+        torch.testing.assert_close(shuffled.cam, together.cam[order], rtol=0, atol=1e-5)
+        torch.testing.assert_close(shuffled.probability, together.probability[order], rtol=0, atol=1e-6)
+
+
+def test_max_batch_bounds_every_pass(classifier: NoiseAwareClassifier) -> None:
+    rows: list[int] = []
+
+    def counting(x: Tensor, timesteps: Tensor) -> Tensor:
+        rows.append(len(x))
+        return classifier(x, timesteps)
+
+    bounded = ClassifierSaliency(counting, alpha_bar=Diffusion().alpha_bar[STEPS], timesteps=STEPS.float(), max_batch=7)
+    bounded(images(5))
+    bounded.probability(images(5))
+    assert max(rows) <= 7
+    assert sum(rows) == 2 * 5 * 3
+
+
+def test_the_probability_alone_is_that_of_the_evidence(classifier: NoiseAwareClassifier) -> None:
+    x, both = images(4), saliency(classifier, draws=2)
+    torch.testing.assert_close(both.probability(x), both(x).probability, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
+def test_a_frozen_classifier_stays_untouched(classifier: NoiseAwareClassifier, context: Any) -> None:
+    layer = classifier.block_at(2)
+    with context():
+        evidence = saliency(classifier)(images(2))
+    assert not evidence.gradient_map.requires_grad
+    assert not evidence.probability.requires_grad
+    assert all(parameter.grad is None for parameter in classifier.parameters())
+    assert not layer._forward_hooks
+
+
+def test_the_hook_is_removed_when_the_classifier_fails(classifier: NoiseAwareClassifier) -> None:
+    with pytest.raises(ConfigError, match="multiples of 2"):
+        saliency(classifier)(torch.zeros(1, 2, 7, 7).double())
+    assert not classifier.block_at(2)._forward_hooks
+
+
+def test_without_a_layer_there_is_no_cam(classifier: NoiseAwareClassifier) -> None:
+    x = images(2)
+    evidence = saliency(classifier, cam_layer=None)(x)
+    assert not evidence.cam.any()
+    assert evidence.cam.shape == evidence.gradient_map.shape
+    torch.testing.assert_close(evidence.gradient_map, saliency(classifier)(x).gradient_map)
+
+
+def test_any_callable_serves() -> None:
+    """A linear model's gradient is its weight, whatever the image."""
+    weight = torch.rand(2, 1, 6, 6)
+    model = ClassifierSaliency(
+        lambda x, _t: torch.einsum("bchw,kchw->bk", x, weight),
+        alpha_bar=torch.tensor([0.9, 0.5]),
+        timesteps=torch.tensor([10.0, 50.0]),
+        target="logit",
+        sigma=0.0,
+        percentile=1.0,
+    )
+    maps = model(torch.randn(3, 1, 6, 6)).gradient_map
+    expected = weight[:, 0] / weight[:, 0].amax(dim=(1, 2), keepdim=True)
+    torch.testing.assert_close(maps, expected.expand(3, -1, -1, -1))
+
+
+def test_levels_and_times_must_match() -> None:
+    for alpha_bar, timesteps in ((torch.ones(2), torch.ones(3)), (torch.ones(0), torch.ones(0))):
+        with pytest.raises(ConfigError, match="alpha_bar, timesteps: expected two equal lengths"):
+            ClassifierSaliency(lambda x, t: x, alpha_bar=alpha_bar, timesteps=timesteps)
+
+
+def test_pixel_labels_are_counted() -> None:
+    evidence = Evidence(torch.rand(4, 2, 9, 7), torch.rand(4, 2, 9, 7), torch.rand(4, 2))
+    present = torch.tensor([[True, True], [False, True], [True, False], [False, False]])
+    labels = pixel_labels(evidence, present, (0.6, 0.5, 0.4, 0.5))
+    assert labels.labels.dtype == torch.int8
+    for i in range(4):
+        expected = [int((labels.labels[i] == value).sum()) for value in (-1, 0, 1, 2)]
+        assert labels.counts[i].tolist() == expected
+        assert sum(expected) == 63
+    assert labels.counts[0, 2:].all()
+    assert labels.counts[3].tolist() == [0, 63, 0, 0]

@@ -1,0 +1,106 @@
+"""The method end to end on random networks: three classes, several labels an image, whatever the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cldf_fast.config import make_config
+from cldf_fast.errors import CheckpointError, DataError
+from cldf_fast.evidence import pixel_labels
+from cldf_fast.pipeline import CLDF
+
+
+def images(count: int) -> Tensor:
+    return torch.rand(count, 2, 16, 16) * 2 - 1
+
+
+def test_masks_do_not_depend_on_the_batch_or_the_order(tiny_cldf: CLDF) -> None:
+    x = images(19)  # more than one internal batch
+    together = tiny_cldf.segment(x)
+    order = torch.randperm(19)
+    shuffled = tiny_cldf.segment(x[order])
+    assert shuffled.mask.equal(together.mask[order])
+    assert shuffled.present.equal(together.present[order])
+    torch.testing.assert_close(shuffled.probability, together.probability[order], rtol=0, atol=1e-4)
+    for i in (0, 7, 18):
+        alone = tiny_cldf.segment(x[i : i + 1])
+        assert alone.mask[0].equal(together.mask[i])
+        torch.testing.assert_close(alone.label_probability[0], together.label_probability[i], rtol=0, atol=1e-5)
+    assert len(together.mask.unique()) > 2
+
+
+def test_results_have_their_announced_form(tiny_cldf: CLDF) -> None:
+    result = tiny_cldf.segment(images(3))
+    assert result.mask.shape == (3, 16, 16)
+    assert result.mask.dtype == torch.uint8
+    assert result.probability.shape == (3, 4, 16, 16)
+    torch.testing.assert_close(result.probability.sum(dim=1), torch.ones(3, 16, 16))
+    assert result.label_probability.shape == result.present.shape == (3, 3)
+    assert not result.probability.requires_grad
+
+
+def test_given_labels_are_respected_and_absent_classes_never_drawn(tiny_cldf: CLDF) -> None:
+    x = images(8)
+    labels = torch.tensor([[k >> bit & 1 for bit in range(3)] for k in range(8)]).bool()
+    result = tiny_cldf.segment(x, labels)
+    assert result.present.equal(labels)
+    assert result.label_probability.equal(tiny_cldf.segment(x).label_probability)
+    for i in range(8):
+        drawn = set(result.mask[i].unique().tolist()) - {0}
+        assert drawn <= {k + 1 for k in range(3) if labels[i, k]}
+    assert not result.mask[0].any()
+
+
+def test_predicted_labels_follow_each_class_s_threshold(tiny_cldf: CLDF) -> None:
+    x = images(6)
+    probability = tiny_cldf.label_probability(x)
+    tiny_cldf.label_threshold = probability.median(dim=0).values
+    result = tiny_cldf.segment(x)
+    assert result.present.equal(probability >= tiny_cldf.label_threshold)
+    assert result.present.any()
+    assert not result.present.all()
+    torch.testing.assert_close(result.label_probability, probability, rtol=0, atol=1e-6)
+
+
+def test_evidence_becomes_pixel_labels_of_the_present_classes(tiny_cldf: CLDF) -> None:
+    x = images(18)
+    evidence = tiny_cldf.evidence(x)
+    assert evidence.gradient_map.shape == evidence.cam.shape == (18, 3, 16, 16)
+    torch.testing.assert_close(evidence.probability, tiny_cldf.label_probability(x), rtol=0, atol=1e-5)
+    present = torch.rand(18, 3) < 0.5
+    present[0] = False
+    labels = pixel_labels(evidence, present, tiny_cldf.thresholds()).labels
+    assert not labels[0].any()
+    for i in range(18):
+        assert set(labels[i].unique().tolist()) <= {-1, 0, *(k + 1 for k in range(3) if present[i, k])}
+    assert (labels > 0).any()
+
+
+@pytest.mark.parametrize("condition", ["label", "null"])
+def test_the_condition_is_the_label_or_nothing(tiny_cldf: CLDF, condition: str) -> None:
+    values = tiny_cldf.config.model_dump()
+    values["features"]["condition"] = condition
+    cldf = CLDF(make_config(values), tiny_cldf.unet, tiny_cldf.classifier, tiny_cldf.decoder, tiny_cldf.prototypes)
+    x = images(2)
+    none, every = torch.zeros(2, 3, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool)
+    same = cldf.segment(x, none).probability.allclose(cldf.segment(x, every).probability, atol=1e-4)
+    assert same == (condition == "null")
+
+
+def test_the_decision_waits_for_a_decoder(tiny_cldf: CLDF) -> None:
+    cldf = CLDF(tiny_cldf.config, tiny_cldf.unet, tiny_cldf.classifier)
+    assert cldf.label_threshold.tolist() == [0.5] * 3
+    with pytest.raises(CheckpointError, match="segment: expected a trained decoder"):
+        cldf.segment(images(1))
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.ones(3, 2).bool(), torch.ones(2, 3).bool(), torch.ones(3, 3), torch.ones(3).bool()]
+)
+def test_labels_of_another_form_are_refused(tiny_cldf: CLDF, labels: Any) -> None:
+    with pytest.raises(DataError, match=r"labels: expected bool \[3, 3\], got"):
+        tiny_cldf.segment(images(3), labels)

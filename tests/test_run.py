@@ -1,0 +1,148 @@
+"""The run directory: what is saved loads to the same masks; what is missing, damaged or of another run is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cldf_fast.config import make_config
+from cldf_fast.errors import CheckpointError
+from cldf_fast.pipeline import CLDF
+from cldf_fast.run import DatasetRecord, Run
+from cldf_fast.segmentation import Prototypes
+
+RECORD = DatasetRecord(("liver", "kidneys", "spleen"), ("t1", "t2"))
+
+
+def saved(cldf: CLDF, path: Path) -> Run:
+    run = Run(path)
+    run.create(cldf.config, RECORD)
+    run.save_network("cdm", cldf.unet)
+    run.save_network("classifier", cldf.classifier)
+    assert cldf.decoder is not None
+    assert cldf.prototypes is not None
+    run.save_network("decoder", cldf.decoder)
+    run.save_decision(cldf.prototypes, cldf.label_threshold)
+    return run
+
+
+@pytest.fixture
+def run(tiny_cldf: CLDF, tmp_path: Path) -> Run:
+    return saved(tiny_cldf, tmp_path / "run")
+
+
+def test_what_is_saved_loads_to_the_same_masks(tiny_cldf: CLDF, run: Run) -> None:
+    loaded = Run(run.path).load()
+    assert loaded.config == tiny_cldf.config
+    assert Run(run.path).record() == RECORD
+    x = torch.rand(3, 2, 16, 16) * 2 - 1
+    expected, got = tiny_cldf.segment(x), loaded.segment(x)
+    assert got.mask.equal(expected.mask)
+    assert got.probability.equal(expected.probability)
+    assert got.present.equal(expected.present)
+    for module in (loaded.unet, loaded.classifier, loaded.decoder):
+        assert module is not None
+        assert not module.training
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_a_run_without_a_decoder_loads_its_networks(tiny_cldf: CLDF, run: Run) -> None:
+    (run.path / "decoder.safetensors").unlink()
+    loaded = run.load()
+    assert run.has("cdm")
+    assert not run.has("decoder")
+    assert loaded.decoder is None
+    x = torch.rand(2, 2, 16, 16) * 2 - 1
+    assert loaded.label_probability(x).equal(tiny_cldf.label_probability(x))
+    with pytest.raises(CheckpointError, match="train the decoder first"):
+        loaded.segment(x)
+
+
+def test_weights_stored_in_half_precision_are_computed_in_float32(tiny_cldf: CLDF, run: Run) -> None:
+    for name in ("cdm", "classifier", "decoder"):
+        path = run.path / f"{name}.safetensors"
+        save_file({key: value.half() for key, value in load_file(path).items()}, path)
+    loaded = run.load()
+    assert {parameter.dtype for parameter in loaded.unet.parameters()} == {torch.float32}
+    x = torch.rand(2, 2, 16, 16) * 2 - 1
+    torch.testing.assert_close(loaded.label_probability(x), tiny_cldf.label_probability(x), rtol=0, atol=0.02)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def scribble(path: Path) -> None:
+    path.write_bytes(b"\x00not a file of weights" * 5)
+
+
+FILES = ("cdm.safetensors", "classifier.safetensors", "decoder.safetensors", "prototypes.safetensors")
+
+
+# A decoder may be missing: it is trained last.
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [(name, damage) for name in FILES for damage in (truncate, scribble)]
+    + [(name, Path.unlink) for name in FILES if name != "decoder.safetensors"],
+)
+def test_a_missing_or_damaged_file_is_named_in_one_sentence(run: Run, name: str, damage: Any) -> None:
+    damage(run.path / name)
+    with pytest.raises(CheckpointError, match=rf"{name}: (can't be read|is missing)") as caught:
+        run.load()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("cdm", {"cdm": {"network": {"model_channels": 16}}}),
+        ("classifier", {"classifier": {"network": {"num_res_blocks": 2}}}),
+        ("decoder", {"decoder": {"hidden": 24}}),
+        ("prototypes", {"decoder": {"embedding": 8}}),
+    ],
+)
+def test_weights_of_another_network_are_refused(tiny_cldf: CLDF, run: Run, name: str, change: dict[str, Any]) -> None:
+    if name == "prototypes":
+        run.save_decision(Prototypes(torch.zeros(4, 2, 5), torch.zeros(4), 0.1), torch.zeros(3))
+    else:
+        values = tiny_cldf.config.model_dump()
+        section = next(iter(change))
+        inner = change[section]
+        values[section] = {
+            **values[section],
+            **({"network": {**values[section]["network"], **inner["network"]}} if "network" in inner else inner),
+        }
+        run.create(make_config(values), RECORD)
+    with pytest.raises(CheckpointError, match=rf"{name}\.safetensors: does not fit") as caught:
+        run.load()
+    assert "\n" not in str(caught.value)
+
+
+def test_prototypes_without_their_parts_are_refused(run: Run) -> None:
+    save_file({"vectors": torch.zeros(4, 2, 8)}, run.path / "prototypes.safetensors")
+    with pytest.raises(CheckpointError, match=r"prototypes\.safetensors: does not fit"):
+        run.load()
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is no run directory \(config\.yaml is missing\)"):
+        Run(tmp_path).load()
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", json.dumps({"class_names": ["a"]}), "3"])
+def test_a_damaged_record_is_named(run: Run, content: str | None) -> None:
+    path = run.path / "dataset.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"dataset\.json: can't be read"):
+        run.load()
+
+
+def test_writing_leaves_no_temporary_files(run: Run) -> None:
+    assert sorted(path.name for path in run.path.iterdir()) == sorted(("config.yaml", "dataset.json", *FILES))
