@@ -107,9 +107,9 @@ class EvidenceConfig(Section):
     percentile: Fraction = 0.99
     cam: Literal["layercam", "gradcam"] = "layercam"
     cam_downsample: Positive = Field(default=4, description="downsampling factor of the activations that the CAM reads")
-    foreground_gradient: Fraction = 0.4
-    foreground_cam: Fraction = 0.1
-    background_gradient: Fraction = 0.15
+    foreground_gradient: Fraction = 0.35
+    foreground_cam: Fraction = 0.03
+    background_gradient: Fraction = 0.1
     background_cam: Fraction = 0.3
 
 

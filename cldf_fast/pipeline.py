@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -111,6 +111,23 @@ class CLDF:
         self.prototypes = prototypes
         self.label_threshold = torch.full((self.num_classes,), 0.5) if label_threshold is None else label_threshold
 
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are; images may be anywhere, results come back to the CPU."""
+        return next(self.unet.parameters()).device
+
+    def to(self, device: torch.device) -> CLDF:
+        """Move the networks and the prototypes; returns itself."""
+        self.unet.to(device)
+        self.classifier.to(device)
+        if self.decoder is not None:
+            self.decoder.to(device)
+        if self.prototypes is not None:
+            self.prototypes = replace(
+                self.prototypes, vectors=self.prototypes.vectors.to(device), bias=self.prototypes.bias.to(device)
+            )
+        return self
+
     def thresholds(self) -> tuple[float, float, float, float]:
         """The four thresholds of the fusion, in the order of `ops.fuse_evidence`."""
         evidence = self.config.evidence
@@ -129,17 +146,17 @@ class CLDF:
 
     def evidence(self, images: Tensor) -> Evidence:
         """Gradient maps, CAMs and label probabilities of images [N, C, H, W], in batches."""
-        parts = [self.saliency(batch) for batch in images.split(_BATCH)]
+        parts = [self.saliency(batch.to(self.device)) for batch in images.split(_BATCH)]
         return Evidence(
-            torch.cat([part.gradient_map for part in parts]),
-            torch.cat([part.cam for part in parts]),
-            torch.cat([part.probability for part in parts]),
+            torch.cat([part.gradient_map.cpu() for part in parts]),
+            torch.cat([part.cam.cpu() for part in parts]),
+            torch.cat([part.probability.cpu() for part in parts]),
         )
 
     @torch.no_grad()
     def label_probability(self, images: Tensor) -> Tensor:
         """Image-level probabilities float32 [N, K]: the mean over the evidence's noise levels, without any gradient."""
-        return torch.cat([self.saliency.probability(batch) for batch in images.split(_BATCH)])
+        return torch.cat([self.saliency.probability(batch.to(self.device)).cpu() for batch in images.split(_BATCH)])
 
     @torch.no_grad()
     def segment(self, images: Tensor, labels: Tensor | None = None) -> Segmentation:
@@ -163,12 +180,14 @@ class CLDF:
                 f"got {str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}"
             )
         for first in range(0, len(images), _BATCH):
-            x = images[first : first + _BATCH]
+            x = images[first : first + _BATCH].to(self.device)
             predicted = self.saliency.probability(x)
-            present = predicted >= self.label_threshold if labels is None else labels[first : first + _BATCH]
+            given = predicted.cpu() >= self.label_threshold if labels is None else labels[first : first + _BATCH]
+            present = given.to(self.device)
             embeddings = self.decoder.dense(self.features(x, self.conditions(present)), (x.shape[2], x.shape[3]))
             probability = self.prototypes.probability(embeddings.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            yield masks_from_probability(probability, present), probability, predicted, present
+            mask = masks_from_probability(probability, present)
+            yield mask.cpu(), probability.cpu(), predicted.cpu(), given.cpu()
 
 
 def freeze(module: Module) -> Module:

@@ -43,7 +43,10 @@ def make_fabric(config: Config, devices: str = "auto") -> Fabric:
 def open_parts(config: Config, data: Path | None) -> dict[str, SliceDataset]:
     """The data set of a configuration, by part of the split."""
     return open_split(
-        config.data.dataset, data, **({"size": config.data.size} if data is None else {}), **config.data.options
+        config.data.dataset,
+        data,
+        **({"size": config.data.size} if config.data.dataset == "phantom" else {}),
+        **config.data.options,
     )
 
 
@@ -127,11 +130,12 @@ def evaluate(
             run.record(),
             quiet=quiet,
         )
-        cldf = run.load() if seed == config.seed else _another_decoder(run.load(), trainer, masks=False)
+        loaded = run.load().to(fabric.device)
+        cldf = loaded if seed == config.seed else _another_decoder(loaded, trainer, masks=False)
         supervised = None
         if upper_bound:
             bound = replace(trainer, run=Run(run.path / f"upper-bound-seed-{seed}"))
-            supervised = _another_decoder(run.load(), bound, masks=True)
+            supervised = _another_decoder(loaded, bound, masks=True)
         comparisons.append(
             compare(
                 cldf,
@@ -231,7 +235,7 @@ def _another_decoder(cldf: CLDF, trainer: Trainer, *, masks: bool) -> CLDF:
     trainer.run.path.mkdir(parents=True, exist_ok=True)
     labels = trainer.train.working_masks().to(torch.int8) if masks else trainer.pixel_labels(cldf, trainer.train)
     decoder, prototypes, threshold = fit_decoder(cldf, trainer, labels)
-    return CLDF(cldf.config, cldf.unet, cldf.classifier, decoder, prototypes, threshold)
+    return CLDF(cldf.config, cldf.unet, cldf.classifier, decoder, prototypes, threshold).to(cldf.device)
 
 
 def _description(config: Config, data: PackedSlices, split: str, cldf: CLDF) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def randomised() -> Callable[[nn.Module], nn.Module]:
-    """Gives every weight a random value: as initialised, residual branches and outputs are zero and tests see nothing."""
+    """Gives every weight a random value: as initialised, residual branches and outputs are zero and hide all else."""
 
     def randomise(module: nn.Module) -> nn.Module:
         with torch.no_grad():
@@ -71,8 +71,8 @@ def tiny_config() -> Any:
             "seed": 3,
             "data": {"size": 16},
             "cdm": {"network": network, "optimisation": steps},
-            "classifier": {"network": {"model_channels": 32, "channel_mult": [0.5, 1], "dropout": 0.1}, "optimisation": steps},
-            "evidence": {"noise_levels": [0.0, 0.1], "foreground_cam": 0.1},
+            "classifier": {"network": {"channel_mult": [0.5, 1], "dropout": 0.1}, "optimisation": steps},
+            "evidence": {"noise_levels": [0.0, 0.1], "cam_downsample": 2, "foreground_cam": 0.1},
             "features": {"noise_levels": [0.02, 0.1], "downsample": [4, 2], "condition": "label"},
             "decoder": {"hidden": 16, "embedding": 8, "anchors_per_class": 6, "optimisation": steps},
             "segmentation": {"prototypes_per_class": 2},

@@ -178,7 +178,7 @@ def _imports(path: Path) -> Iterator[str]:
 
 
 def _importers(rooms: list[str], pattern: str) -> list[str]:
-    """"file: module" for each import in these rooms that matches the pattern from its start."""
+    """ "file: module" for each import in these rooms that matches the pattern from its start."""
     files = [path for room in rooms for path in sorted((ROOT / room).rglob("*.py"))]
     return [
         f"{path.relative_to(ROOT)}: {module}"

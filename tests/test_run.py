@@ -17,6 +17,7 @@ from cldf_fast.run import DatasetRecord, Run
 from cldf_fast.segmentation import Prototypes
 
 RECORD = DatasetRecord(("liver", "kidneys", "spleen"), ("t1", "t2"))
+FILES = ("cdm.safetensors", "classifier.safetensors", "decoder.safetensors", "prototypes.safetensors")
 
 
 def saved(cldf: CLDF, path: Path) -> Run:
@@ -64,12 +65,13 @@ def test_a_run_without_a_decoder_loads_its_networks(tiny_cldf: CLDF, run: Run) -
 
 
 def test_weights_stored_in_half_precision_are_computed_in_float32(tiny_cldf: CLDF, run: Run) -> None:
-    for name in ("cdm", "classifier", "decoder"):
-        path = run.path / f"{name}.safetensors"
+    for name in FILES:
+        path = run.path / name
         save_file({key: value.half() for key, value in load_file(path).items()}, path)
     loaded = run.load()
     assert {parameter.dtype for parameter in loaded.unet.parameters()} == {torch.float32}
     x = torch.rand(2, 2, 16, 16) * 2 - 1
+    assert loaded.segment(x).probability.dtype == torch.float32
     torch.testing.assert_close(loaded.label_probability(x), tiny_cldf.label_probability(x), rtol=0, atol=0.02)
 
 
@@ -79,9 +81,6 @@ def truncate(path: Path) -> None:
 
 def scribble(path: Path) -> None:
     path.write_bytes(b"\x00not a file of weights" * 5)
-
-
-FILES = ("cdm.safetensors", "classifier.safetensors", "decoder.safetensors", "prototypes.safetensors")
 
 
 # A decoder may be missing: it is trained last.

@@ -61,19 +61,19 @@ def _cam(method: str, cldf: CLDF, slices: _Slices, context: BaselineContext) -> 
         # Its usual place, before the pooling. Earlier maps go through group norms, which take the mean out of their
         # gradients (all of it where a group is one channel), and the mean is what GradCAM weighs the maps by.
         saliency.cam_layer = cldf.classifier.out[1]
-    return _where_present(slices, lambda images, present: saliency(images).cam)
+    return _where_present(cldf, slices, lambda images, present: saliency(images).cam)
 
 
 def _gradient(cldf: CLDF, slices: _Slices, context: BaselineContext) -> Tensor:
-    return _where_present(slices, lambda images, present: cldf.saliency(images).gradient_map)
+    return _where_present(cldf, slices, lambda images, present: cldf.saliency(images).gradient_map)
 
 
 def _cg_diff(cldf: CLDF, slices: _Slices, context: BaselineContext) -> Tensor:
-    return _where_present(slices, lambda images, present: context.cg_diff(cldf, images, present))
+    return _where_present(cldf, slices, lambda images, present: context.cg_diff(cldf, images, present))
 
 
 def _cg_cdm(cldf: CLDF, slices: _Slices, context: BaselineContext) -> Tensor:
-    return _where_present(slices, lambda images, present: context.cg_cdm(cldf, images, present))
+    return _where_present(cldf, slices, lambda images, present: context.cg_cdm(cldf, images, present))
 
 
 def _location_prior(cldf: CLDF, slices: _Slices, context: BaselineContext) -> Tensor:
@@ -92,12 +92,12 @@ def _intensity(cldf: CLDF, slices: _Slices, context: BaselineContext) -> Tensor:
     return context.intensity(slices.images, slices.studies)
 
 
-def _where_present(slices: _Slices, maps_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _where_present(cldf: CLDF, slices: _Slices, maps_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Maps [N, K, h, w] of `maps_of(images, present)`, batch by batch, for the slices that carry any class."""
     maps = slices.images.new_zeros(*slices.present.shape, *slices.images.shape[-2:], dtype=torch.float32)
     some = slices.present.any(dim=1).nonzero().flatten()
     for rows in some.split(_BATCH) if len(some) else ():
-        maps[rows] = maps_of(slices.images[rows], slices.present[rows])
+        maps[rows] = maps_of(slices.images[rows].to(cldf.device), slices.present[rows].to(cldf.device)).to(maps)
     return maps
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -111,7 +111,7 @@ def fit(
                 for step in range(first, config.steps):
                     loss = _step(trained, optimizer, loss_function, config, fabric, seed, name, step, average, module)
                     if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-                        loss = fabric.all_reduce(loss, reduce_op="mean")
+                        loss = cast(Tensor, fabric.all_reduce(loss, reduce_op="mean"))
                         log.write(step + 1, loss, optimizer.param_groups[0]["lr"])
                         progress.update(step + 1, float(loss))
                     if (step + 1) % config.save_every == 0 or step + 1 == config.steps:

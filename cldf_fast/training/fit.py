@@ -67,7 +67,7 @@ class Trainer:
         for name in ("cdm", "classifier"):
             if not self.run.has(name):
                 raise CheckpointError(f"{self.run.path}: the decoder needs a trained {name}; run `train {name}` first")
-        cldf = self.run.load()
+        cldf = self.run.load().to(self.fabric.device)
         decoder, prototypes, threshold = fit_decoder(cldf, self, self.pixel_labels(cldf, self.train))
         if self.fabric.is_global_zero:
             self.run.save_network("decoder", decoder)
@@ -82,7 +82,7 @@ class Trainer:
                 # Slices without any class are background throughout: no evidence is needed.
                 some = labels[rows].any(dim=1)
                 if some.any():
-                    evidence = cldf.saliency(data.images[rows[some]])
+                    evidence = cldf.evidence(data.images[rows[some]])
                     part[some] = pixel_labels(evidence, labels[rows[some]], cldf.thresholds()).labels
                 parts.append(part)
                 progress.update(int(rows[-1]) + 1)

@@ -242,6 +242,25 @@ def test_cg_diff_takes_the_class_away_and_nothing_else() -> None:
     assert not maps[1, 0].any()
 
 
+def test_cg_diff_stays_within_the_noise_that_the_classifier_knows() -> None:
+    times: list[float] = []
+
+    def unet(x: Tensor, at: Tensor, condition: Tensor) -> Tensor:
+        times.append(float(at[0]))
+        assert condition.tolist() == [[1, 0, 0, 0]]  # the null condition
+        return torch.zeros_like(x)
+
+    cldf = stand_ins(lambda x, at: x.mean(dim=(1, 2, 3)).unsqueeze(1).expand(-1, 2), unet)
+    highest = round(cldf.config.classifier.max_noise * cldf.diffusion.timesteps)
+    for level, top in ((1.0, highest), (0.1, 100)):
+        times.clear()
+        CGDiff(level=level, moves=3)(cldf, torch.rand(1, 1, 32, 32), labels([1, 0]))
+        # Up from the clean image, which the network is told is step 0, and down from the top.
+        assert times[:3] == sorted(times[:3]) and times[0] == 0
+        assert times[3] == max(times) == top and times[3:] == sorted(times[3:], reverse=True)
+        assert len(times) == 6
+
+
 def test_cg_diff_of_a_class_ignores_the_other_labels(tiny_cldf: CLDF) -> None:
     images = random_slices(2).images
     method = CGDiff(moves=3, scale=30.0)

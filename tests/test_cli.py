@@ -1,0 +1,168 @@
+"""The commands: what they parse, what they refuse, and one tiny run through all of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from cldf_fast.cli import app, parse_overrides, parse_window
+from cldf_fast.errors import ConfigError
+
+runner = CliRunner()
+
+_STEPS = {"steps": 3, "batch_size": 4, "warmup_steps": 1, "save_every": 2, "log_every": 1}
+_NETWORK = {"model_channels": 8, "channel_mult": [1, 2], "attention_downsample": [2]}
+_TINY = {
+    "data": {"size": 32},
+    "cdm": {"network": _NETWORK, "optimisation": _STEPS},
+    "classifier": {"network": {"model_channels": 32, "channel_mult": [0.5, 1]}, "optimisation": _STEPS},
+    "evidence": {"noise_levels": [0.0], "cam_downsample": 2, "foreground_gradient": 0.01, "foreground_cam": 0.0},
+    "features": {"noise_levels": [0.05], "downsample": [2]},
+    "decoder": {"hidden": 8, "embedding": 4, "anchors_per_class": 4, "passes": 1, "optimisation": _STEPS},
+    "segmentation": {"prototypes_per_class": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that `train all` made of the phantom in a few steps."""
+    from cldf_fast.data import phantom
+
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(_TINY), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phantom, "PHANTOM_SPLIT", {"train": 6, "val": 3, "test": 3})
+        result = runner.invoke(
+            app, ["train", "all", "--out", str(folder / "run"), "--config", str(folder / "tiny.yaml"), "--quiet"]
+        )
+    assert result.exit_code == 0, result.output
+    return folder / "run"
+
+
+def test_a_run_is_complete_in_itself(trained: Path) -> None:
+    present = {path.name for path in trained.iterdir()}
+    assert {
+        "config.yaml",
+        "dataset.json",
+        "split.csv",
+        "cdm.safetensors",
+        "classifier.safetensors",
+        "decoder.safetensors",
+        "prototypes.safetensors",
+        "metrics.jsonl",
+        "loss_cdm.png",
+        "loss_classifier.png",
+        "loss_decoder.png",
+    } <= present
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3] * 3
+
+
+def test_segment_writes_masks_in_the_input_s_geometry_and_refuses_by_exit_code(trained: Path, tmp_path: Path) -> None:
+    affine = np.diag([-2.0, 2.0, 4.0, 1.0])
+    rng = np.random.default_rng(5)
+    for name in ("flair", "t1"):
+        nibabel.save(
+            nibabel.Nifti1Image(rng.random((20, 24, 3), dtype=np.float32), affine), tmp_path / f"{name}.nii.gz"
+        )
+    (tmp_path / "broken.nii.gz").write_bytes(b"no image")
+    case = f"{tmp_path / 'flair.nii.gz'},{tmp_path / 't1.nii.gz'}"
+    out = tmp_path / "masks"
+    result = runner.invoke(
+        app, ["segment", str(trained), case, str(tmp_path / "broken.nii.gz"), "--out", str(out), "--labels", "all"]
+    )
+    assert result.exit_code == 3
+    assert "broken.nii.gz" in result.output
+    (written,) = out.glob("*_mask.nii.gz")
+    mask = nibabel.load(written)
+    assert mask.shape == (20, 24, 3)
+    np.testing.assert_allclose(mask.affine, affine)
+    assert set(np.unique(np.asarray(mask.dataobj))) <= {0, 1}
+
+
+def test_segment_names_the_channels_it_misses(trained: Path, tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(np.random.default_rng(1).random((20, 24, 3), dtype=np.float32), np.eye(4))
+    nibabel.save(image, tmp_path / "one.nii.gz")
+    arguments = ["segment", str(trained), str(tmp_path / "one.nii.gz"), "--out", str(tmp_path / "masks")]
+    refused = runner.invoke(app, arguments)
+    assert refused.exit_code == 3
+    assert "expected 2 channels, found 1" in refused.output
+    assert runner.invoke(app, [*arguments, "--replicate"]).exit_code == 0
+
+
+def test_absent_labels_leave_an_empty_mask(trained: Path, tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(np.random.default_rng(2).random((20, 24, 3), dtype=np.float32), np.eye(4))
+    nibabel.save(image, tmp_path / "one.nii.gz")
+    arguments = ["segment", str(trained), str(tmp_path / "one.nii.gz"), "--out", str(tmp_path / "masks")]
+    assert runner.invoke(app, [*arguments, "--replicate", "--labels", "none"]).exit_code == 0
+    (written,) = (tmp_path / "masks").glob("*_mask.nii.gz")
+    assert not np.asarray(nibabel.load(written).dataobj).any()
+
+
+def test_evaluate_writes_the_table_and_the_report(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cldf_fast.data import phantom
+
+    monkeypatch.setattr(phantom, "PHANTOM_SPLIT", {"train": 6, "val": 3, "test": 3})
+    result = runner.invoke(app, ["evaluate", str(trained), "--quiet", "--baselines", "--decoder-seeds", "2"])
+    assert result.exit_code == 0, result.output
+    document = json.loads((trained / "metrics.json").read_text(encoding="utf-8"))
+    assert {"cldf", "cldf_given_labels", "gradcam", "layercam", "gradient", "cg_diff", "cg_cdm", "intensity"} <= set(
+        document["methods"]
+    )
+    assert {"mean", "std", "ci95"} <= set(document["methods"]["cldf"]["dice_positive"])
+    assert {"decoder_trained_with_masks", "pixel_labels"} <= set(document["upper_bounds"])
+    assert len(document["methods"]["cldf"]["dice_positive"]["seed_means"]) == 2
+    assert "Research use only" in (trained / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train", "cdm", "--out", "x", "--set", "cdm.optimisation.step=3"], "cdm.optimisation.step"),
+        (["train", "cdm", "--out", "x", "--dataset", "lgg"], "dataset lgg: expected the folder"),
+        (["segment", "nowhere", "image.png", "--out", "x"], "is no run directory"),
+        (["evaluate", "nowhere"], "is no run directory"),
+    ],
+)
+def test_what_can_not_work_is_said_in_one_sentence(arguments: list[str], sentence: str, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "cldf_fast", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert sentence in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+
+
+def test_overrides_keep_their_types() -> None:
+    texts = ["data.size=32", "features.downsample=[4, 2]", "features.prediction=false", "data.dataset=lgg"]
+    assert parse_overrides(texts) == {
+        "data": {"size": 32, "dataset": "lgg"},
+        "features": {"downsample": [4, 2], "prediction": False},
+    }
+    with pytest.raises(ConfigError, match="expected key=value"):
+        parse_overrides(["data.size"])
+
+
+def test_a_window_is_two_numbers() -> None:
+    assert parse_window("-150,250") == (-150.0, 250.0)
+    with pytest.raises(ConfigError, match="LOW,HIGH"):
+        parse_window("wide")
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from cldf_fast.cli import app; from typer.testing import CliRunner; "
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0; "
+        "print(sorted({'torch', 'numpy', 'lightning_fabric', 'pydantic', 'matplotlib'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
