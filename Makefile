@@ -2,6 +2,7 @@
 # make test    set up, then linters and tests
 # make lint    set up, then ruff and mypy
 # make setup   only set up: a virtual environment in .venv, or in VENV=...; PYTHON=python3.12 picks the interpreter
+# make weights train the networks that are bundled for the demo again (about 25 minutes)
 # make clean   remove what was built, not what was installed or produced
 
 VENV := .venv
@@ -12,7 +13,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint weights clean
 
 setup: $(INSTALLED)
 
@@ -37,6 +38,11 @@ test: lint
 lint: setup
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/mypy
+
+weights: setup
+	@$(VENV)/bin/cldf-fast train cdm --config benchmarks/configs/phantom.yaml --out runs/phantom-weights
+	@$(VENV)/bin/cldf-fast train classifier --config benchmarks/configs/phantom.yaml --out runs/phantom-weights
+	@$(VENV)/bin/python benchmarks/bundle_weights.py runs/phantom-weights cldf_fast/weights/phantom
 
 clean:
 	@rm -rf build dist *.egg-info cldf_fast/_C.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -6,7 +6,7 @@ classes and P of them present:
 
     gradcam, layercam, gradient   classifier: L forward, L * K backward
     cg_diff                       CDM: 12 + 12 * P forward; classifier: 12 * P forward and backward
-    cg_cdm                        CDM: 20 * P forward
+    cg_cdm                        CDM: 8 * P forward
     location_prior, intensity     none
 """
 

@@ -230,7 +230,7 @@ def test_cg_diff_takes_the_class_away_and_nothing_else() -> None:
     cldf = stand_ins(classifier, lambda x, times, condition: torch.zeros_like(x))
     images = torch.rand(2, 3, 32, 32) * 0.2
     present = labels([1, 1], [0, 1])
-    maps = CGDiff(moves=4, scale=20.0)(cldf, images, present)
+    maps = CGDiff(moves=4, scale=20.0, sigma=1.0)(cldf, images, present)
     # Three reconstructions: class 0 of image 0, class 1 of both; each loses its own class's evidence.
     target = torch.tensor([0, 1, 1])
     first, last = (logits[torch.arange(3), target] for logits in (said[0], said[-1]))
@@ -274,7 +274,7 @@ def test_cg_diff_of_a_class_ignores_the_other_labels(tiny_cldf: CLDF) -> None:
 def test_cg_cdm_shows_what_a_class_changes_in_the_noise() -> None:
     cldf = stand_ins(None, conditioned_noise)
     present = labels([1, 1], [0, 1], [1, 0])
-    maps = CGCDM(moves=3)(cldf, torch.rand(3, 2, 32, 32) - 0.5, present)
+    maps = CGCDM(moves=3, sigma=1.0)(cldf, torch.rand(3, 2, 32, 32) - 0.5, present)
     # With both labels present, leaving one out makes the other weigh more: both regions change, the class's own too.
     for i, k in ((2, 0), (1, 1)):
         assert maps[i, k, REGIONS[k, 0] == 1].amin() > 0.3
