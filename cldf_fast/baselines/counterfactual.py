@@ -1,8 +1,8 @@
 """Methods that ask the CDM what an image would look like without a class: CG-Diff and CG-CDM.
 
-Both return what the image would lose, as a map in [0, 1]: magnitudes summed over the channels, smoothed, and divided by a
-high percentile of the image. Where defaults differ from the published values, they are those that gave the better masks
-on the validation parts of the phantom and of LGG: rivals are shown at their best.
+Both return what the image would lose, as a map in [0, 1]: magnitudes summed over the channels, smoothed, and divided by
+a high percentile of the image. Defaults that differ from the published values gave better masks on the validation parts
+of the phantom and of LGG, which have far smaller networks.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class CGDiff:
 
     level: noise level of the encoding, as a fraction of T; cut at the highest that the classifier was trained on.
     moves: DDIM moves up, and as many down; few, because each costs a pass of the networks.
-    scale: strength of the guidance (published: 100; from 30 to 100 little changes). sigma: smoothing of the map, working
-    pixels.
+    scale: strength of the guidance (published: 100; between 30 and 100 little changes).
+    sigma: smoothing of the map, working pixels.
     """
 
     level: float = 0.4
@@ -73,9 +73,9 @@ class CGCDM:
     From the same x_t each move is made under condition y1, the image's labels, and under tau * y1 + (1 - tau) * y0,
     where y0 leaves the class out; the differences over (1 - tau) add up along the path under y1.
     level: noise level at which the path begins, as a fraction of T. moves, stride: its moves, and steps in each; it
-    ends at the clean image at the latest. tau: published 0.95; a CDM that never saw mixtures answers them with changes
-    all over the image, and only the whole difference, tau 0, shows the class. sigma: smoothing of the map, working
-    pixels.
+    ends at the clean image at the latest. tau: published 0.95; a small CDM answers mixtures, which it was not trained on,
+    with changes all over the image, and only the whole difference, tau 0, shows the class.
+    sigma: smoothing of the map, working pixels.
     """
 
     level: float = 0.1
