@@ -25,12 +25,12 @@ class BaselineContext:
     cg_cdm: CGCDM = field(default_factory=CGCDM)
 
     @classmethod
-    def fit(cls, train: PackedSlices, val: PackedSlices | None = None) -> BaselineContext:
-        """Fit the location prior on the masks of `train`, the intensity rule on those of `val` (None: of `train`).
+    def fit(cls, train: PackedSlices, val: PackedSlices) -> BaselineContext:
+        """Fit the location prior on the masks of `train`, the intensity rule on those of `val`.
 
         These two baselines see masks, which CLDF never does. Raises DataError where a part has none.
         """
-        return cls(location_prior(train), IntensityRule.fit(train if val is None else val))
+        return cls(location_prior(train), IntensityRule.fit(val))
 
 
 def location_prior(data: PackedSlices) -> Tensor:

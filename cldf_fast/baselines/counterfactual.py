@@ -73,9 +73,9 @@ class CGCDM:
     From the same x_t each move is made under condition y1, the image's labels, and under tau * y1 + (1 - tau) * y0,
     where y0 leaves the class out; the differences over (1 - tau) add up along the path under y1.
     level: noise level at which the path begins, as a fraction of T. moves, stride: its moves, and steps in each; it
-    ends at the clean image at the latest. tau: published 0.95; a small CDM answers mixtures, which it was not trained on,
-    with changes all over the image, and only the whole difference, tau 0, shows the class.
-    sigma: smoothing of the map, working pixels.
+    ends at the clean image at the latest. sigma: smoothing of the map, working pixels.
+    tau: published 0.95; a small CDM answers mixtures, which it was not trained on, with changes all over the image, and
+    only the whole difference, tau 0, shows the class.
     """
 
     level: float = 0.1

@@ -77,7 +77,7 @@ def random_slices(count: int) -> PackedSlices:
 
 @pytest.fixture
 def context() -> BaselineContext:
-    fitted = BaselineContext.fit(random_slices(6))
+    fitted = BaselineContext.fit(random_slices(6), random_slices(4))
     return replace(fitted, cg_diff=CGDiff(moves=3, scale=30.0), cg_cdm=CGCDM(moves=2))
 
 
@@ -198,8 +198,10 @@ def test_bad_arguments(change: dict[str, Any], match: str, tiny_cldf: CLDF, cont
 
 
 def test_context_needs_masks() -> None:
-    with pytest.raises(DataError, match="masks: expected masks"):
-        BaselineContext.fit(replace(random_slices(2), masks=None))
+    data = random_slices(2)
+    for train, val in ((replace(data, masks=None), data), (data, replace(data, masks=None))):
+        with pytest.raises(DataError, match="masks: expected masks"):
+            BaselineContext.fit(train, val)
 
 
 # --- Counterfactuals --------------------------------------------------------------------------------------------------
