@@ -85,7 +85,7 @@ def fit(
 
     name: "cdm", "classifier" or "decoder"; names the files in `run`: `<name>.checkpoint` (training state),
     `metrics.jsonl` (a row each log_every steps: network, step, loss, lr, seconds). resume: go on from the checkpoint
-    where there is one, to the same weights as if it had never stopped.
+    where there is one, to the same weights as if it had never stopped (bit for bit with as many threads, on a CPU).
     """
     if config.batch_size % fabric.world_size:
         raise ConfigError(

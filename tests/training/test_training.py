@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -355,7 +355,17 @@ def prepare(folder: Path, config: Config, data: PackedSlices) -> None:
     (folder / "slices.pickle").write_bytes(pickle.dumps(data))
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many threads as `start` gives its processes: sums of another number of threads round differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+@pytest.mark.usefixtures("one_thread")
 def test_killed_without_warning_and_resumed_it_is_the_undisturbed_run(
     tiny_config: Config, tiny_slices: Slices, fabric: Fabric, tmp_path: Path, seed: int
 ) -> None:
