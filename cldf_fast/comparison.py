@@ -90,19 +90,23 @@ def compare(
         "cldf": own.summary(),
         "cldf_given_labels": score(native_masks(given.probability, labels, data), labels, data).summary(),
     }
+    # Wherever a method or a picture may ask for it, and once.
+    evidence = cldf.evidence(data.images, (labels | predicted.present).any(dim=1))
     facts: dict[str, Any] = dict(description or {})
     if baselines:
         if train is None or val is None:
             raise ConfigError("baselines: expected the training and validation parts to fit them on, got none")
         context = BaselineContext.fit(train, val)
         thresholds = {}
+        val_labels = val.require_labels()
+        val_evidence = cldf.evidence(val.images, val_labels.any(dim=1))
         for name in baselines:
             chosen = choose_threshold(
-                score_maps(name, cldf, val.images, val.require_labels(), context, val.studies),
+                score_maps(name, cldf, val.images, val_labels, context, val.studies, val_evidence),
                 val.working_masks(),
-                val.require_labels(),
+                val_labels,
             )
-            maps = score_maps(name, cldf, data.images, predicted.present, context, data.studies)
+            maps = score_maps(name, cldf, data.images, predicted.present, context, data.studies, evidence)
             methods[name] = score(
                 native_masks(with_background(maps, chosen), predicted.present, data), predicted.present, data
             ).summary()
@@ -115,7 +119,6 @@ def compare(
         upper_bounds["decoder_trained_with_masks"] = score(
             native_masks(bound.probability, bound.present, data), bound.present, data
         ).summary()
-    evidence = cldf.evidence(data.images)
     fused = pixel_labels(evidence, labels, cldf.thresholds()).labels
     upper_bounds["pixel_labels"] = pixel_label_scores(fused.numpy(), data.working_masks().numpy(), data.class_names)
     facts["image_labels"] = image_label_scores(

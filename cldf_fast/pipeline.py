@@ -144,14 +144,22 @@ class CLDF:
             return null_condition(len(present), self.num_classes, present.device)
         return label_condition(present)
 
-    def evidence(self, images: Tensor) -> Evidence:
-        """Gradient maps, CAMs and label probabilities of images [N, C, H, W], in batches."""
-        parts = [self.saliency(batch.to(self.device)) for batch in images.split(_BATCH)]
-        return Evidence(
-            torch.cat([part.gradient_map.cpu() for part in parts]),
-            torch.cat([part.cam.cpu() for part in parts]),
-            torch.cat([part.probability.cpu() for part in parts]),
+    def evidence(self, images: Tensor, chosen: Tensor | None = None) -> Evidence:
+        """Gradient maps, CAMs and label probabilities of images [N, C, H, W], in batches.
+
+        chosen: bool [N], the images that evidence is asked for, by default all; the others' is zero.
+        """
+        rows = torch.arange(len(images)) if chosen is None else chosen.nonzero().flatten()
+        shape = (len(images), self.num_classes)
+        evidence = Evidence(
+            torch.zeros(*shape, *images.shape[2:]), torch.zeros(*shape, *images.shape[2:]), torch.zeros(shape)
         )
+        for batch in rows.split(_BATCH) if len(rows) else ():
+            part = self.saliency(images[batch].to(self.device))
+            evidence.gradient_map[batch] = part.gradient_map.cpu()
+            evidence.cam[batch] = part.cam.cpu()
+            evidence.probability[batch] = part.probability.cpu()
+        return evidence
 
     @torch.no_grad()
     def label_probability(self, images: Tensor) -> Tensor:

@@ -10,12 +10,13 @@ metrics.jsonl  loss_<network>.png
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,8 +24,11 @@ from cldf_fast.config import Config, load_config, save_config
 from cldf_fast.errors import CheckpointError
 from cldf_fast.files import atomic_write, atomic_write_text
 from cldf_fast.models.decoder import PixelDecoder
+from cldf_fast.models.unet import UNet
 from cldf_fast.pipeline import CLDF, build_classifier, build_diffusion, build_features, build_unet
 from cldf_fast.segmentation import Prototypes
+
+_DECISION = "prototypes.safetensors"
 
 
 @dataclass(frozen=True)
@@ -82,32 +86,42 @@ class Run:
         self._write(f"{name}.safetensors", module.state_dict())
 
     def save_decision(self, prototypes: Prototypes, label_threshold: Tensor) -> None:
-        """Write the prototypes, their bias and temperature, and the image-level thresholds."""
+        """Write the prototypes, their bias and temperature, and the image-level thresholds.
+
+        The digests of the networks they were made with go along: with others, decoder and prototypes mean nothing.
+        """
         tensors = {
             "vectors": prototypes.vectors,
             "bias": prototypes.bias,
             "temperature": torch.tensor(prototypes.temperature),
             "label_threshold": label_threshold,
         }
-        self._write("prototypes.safetensors", tensors)
+        self._write(_DECISION, tensors, self._digests())
 
-    def load(self) -> CLDF:
-        """The CDM and classifier, and the decoder with its prototypes where they are trained."""
+    def load(self, *, decoder: bool = True) -> CLDF:
+        """The CDM and classifier, and the decoder with its prototypes where they are trained and wanted.
+
+        Raises CheckpointError where a file is missing, damaged or does not fit, also if the CDM or the classifier was
+        trained again after the decoder.
+        """
         config, record = self.config(), self.record()
         unet = build_unet(config.cdm.network, record.num_channels, record.num_classes)
         classifier = build_classifier(config, record.num_channels, record.num_classes)
         self._load_into("cdm", unet)
         self._load_into("classifier", classifier)
-        if not self.has("decoder"):
+        if not (decoder and self.has("decoder")):
             return CLDF(config, unet, classifier)
+        return CLDF(config, unet, classifier, self._decoder(config, unet), *self._decision(config, record))
+
+    def _decoder(self, config: Config, unet: UNet) -> PixelDecoder:
         channels = build_features(config, build_diffusion(config), unet).channels
         decoder = PixelDecoder(channels, hidden=config.decoder.hidden, embedding=config.decoder.embedding)
         self._load_into("decoder", decoder)
-        return CLDF(config, unet, classifier, decoder, *self._decision(record.num_classes, config.decoder.embedding))
+        return decoder
 
-    def _decision(self, classes: int, embedding: int) -> tuple[Prototypes, Tensor]:
-        name = "prototypes.safetensors"
-        tensors = self._read(name)
+    def _decision(self, config: Config, record: DatasetRecord) -> tuple[Prototypes, Tensor]:
+        classes, embedding = record.num_classes, config.decoder.embedding
+        tensors = self._read(_DECISION)
         shapes = {key: list(value.shape) for key, value in tensors.items()}
         per_class = shapes.get("vectors", [0, 0])[1:2]
         expected = {
@@ -118,15 +132,31 @@ class Run:
         }
         if shapes != expected:
             raise CheckpointError(
-                f"{self.path / name}: does not fit the run, expected shapes {expected}, got {shapes}; "
+                f"{self.path / _DECISION}: does not fit the run, expected shapes {expected}, got {shapes}; "
                 "train the decoder again"
             )
+        with safe_open(self.path / _DECISION, "pt") as file:
+            recorded = file.metadata() or {}
+        for network, digest in self._digests().items():
+            if recorded.get(network, digest) != digest:
+                raise CheckpointError(
+                    f"{self.path}: {network}.safetensors is not the one that the decoder was trained with; "
+                    "train the decoder again"
+                )
         prototypes = Prototypes(tensors["vectors"], tensors["bias"], float(tensors["temperature"]))
         return prototypes, tensors["label_threshold"]
 
-    def _write(self, name: str, tensors: dict[str, Tensor]) -> None:
+    def _digests(self) -> dict[str, str]:
+        """SHA-256 of the networks that a decoder depends on."""
+        return {
+            name: hashlib.sha256((self.path / f"{name}.safetensors").read_bytes()).hexdigest()
+            for name in ("cdm", "classifier")
+            if self.has(name)
+        }
+
+    def _write(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         with atomic_write(self.path / name) as temporary:
-            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary)
+            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary, metadata)
 
     def _read(self, name: str) -> dict[str, Tensor]:
         path = self.path / name

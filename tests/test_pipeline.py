@@ -80,6 +80,16 @@ def test_evidence_becomes_pixel_labels_of_the_present_classes(tiny_cldf: CLDF) -
     assert (labels > 0).any()
 
 
+def test_evidence_of_chosen_images_only(tiny_cldf: CLDF) -> None:
+    x, chosen = images(19), torch.arange(19) % 3 == 1
+    every, some = tiny_cldf.evidence(x), tiny_cldf.evidence(x, chosen)
+    for field in ("gradient_map", "cam", "probability"):
+        expected, found = getattr(every, field), getattr(some, field)
+        torch.testing.assert_close(found[chosen], expected[chosen], rtol=1e-4, atol=1e-5)
+        assert not found[~chosen].any()
+    assert not tiny_cldf.evidence(x, torch.zeros(19, dtype=torch.bool)).gradient_map.any()
+
+
 @pytest.mark.parametrize("condition", ["label", "null"])
 def test_the_condition_is_the_label_or_nothing(tiny_cldf: CLDF, condition: str) -> None:
     values = tiny_cldf.config.model_dump()

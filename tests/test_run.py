@@ -122,6 +122,17 @@ def test_weights_of_another_network_are_refused(tiny_cldf: CLDF, run: Run, name:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["cdm", "classifier"])
+def test_a_decoder_of_other_networks_is_refused(tiny_cldf: CLDF, run: Run, name: str) -> None:
+    network = tiny_cldf.unet if name == "cdm" else tiny_cldf.classifier
+    with torch.no_grad():
+        next(network.parameters()).add_(0.5)
+    run.save_network(name, network)
+    with pytest.raises(CheckpointError, match=rf"{name}.safetensors is not the one that the decoder was trained with"):
+        run.load()
+    assert run.load(decoder=False).decoder is None
+
+
 def test_prototypes_without_their_parts_are_refused(run: Run) -> None:
     save_file({"vectors": torch.zeros(4, 2, 8)}, run.path / "prototypes.safetensors")
     with pytest.raises(CheckpointError, match=r"prototypes\.safetensors: does not fit"):

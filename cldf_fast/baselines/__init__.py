@@ -26,6 +26,7 @@ from cldf_fast.baselines.position import position_label_auc
 from cldf_fast.baselines.threshold import choose_threshold, masks_from_maps, with_background
 from cldf_fast.data.packing import PackedSlices
 from cldf_fast.errors import ConfigError, DataError
+from cldf_fast.evidence import Evidence
 from cldf_fast.pipeline import CLDF, build_saliency
 
 __all__ = [
@@ -46,14 +47,18 @@ _BATCH = 16  # images in one pass; results do not depend on it
 
 @dataclass(frozen=True)
 class _Slices:
-    """images: float32 [N, C, h, w]. present: bool [N, K]. studies: N names, or None."""
+    """images: float32 [N, C, h, w]. present: bool [N, K]. studies: N names, or None. evidence: CLDF's own for these
+    images, where it is at hand."""
 
     images: Tensor
     present: Tensor
     studies: Sequence[str] | None
+    evidence: Evidence | None
 
 
 def _cam(method: str, cldf: CLDF, slices: _Slices, context: BaselineContext) -> Tensor:
+    if slices.evidence is not None and method == cldf.config.evidence.cam:
+        return slices.evidence.cam
     evidence = cldf.config.evidence.model_copy(update={"cam": method})
     config = cldf.config.model_copy(update={"evidence": evidence})
     saliency = build_saliency(config, cldf.diffusion, cldf.classifier)
@@ -65,6 +70,8 @@ def _cam(method: str, cldf: CLDF, slices: _Slices, context: BaselineContext) -> 
 
 
 def _gradient(cldf: CLDF, slices: _Slices, context: BaselineContext) -> Tensor:
+    if slices.evidence is not None:
+        return slices.evidence.gradient_map
     return _where_present(cldf, slices, lambda images, present: cldf.saliency(images).gradient_map)
 
 
@@ -122,11 +129,13 @@ def score_maps(
     present: Tensor,
     context: BaselineContext,
     studies: Sequence[str] | None = None,
+    evidence: Evidence | None = None,
 ) -> Tensor:
     """Score maps of a baseline, higher where a class is more likely.
 
     name: one of BASELINES. images: float32 [N, C, h, w] in [-1, 1]. present: bool [N, K], the image-level labels to go
-    by. studies: the study of each image; "intensity" needs them, since it scores a study's slices together.
+    by. studies: the study of each image; "intensity" needs them, since it scores a study's slices together. evidence:
+    what `cldf.evidence` says about the images, if it is at hand, so that no method computes it again.
     Returns float32 [N, K, h, w], finite; maps of absent classes are 0 and mean nothing. An image's maps depend neither
     on the batch nor on the order ("intensity": on the study's slices, in any order).
     Raises ConfigError for an unknown name, DataError where shapes do not fit or studies are missing.
@@ -138,7 +147,7 @@ def score_maps(
             f"images, present: expected [N, C, h, w] and bool [N, {cldf.num_classes}], got {list(images.shape)} "
             f"and {str(present.dtype).removeprefix('torch.')} {list(present.shape)}"
         )
-    maps = BASELINES[name](cldf, _Slices(images, present, studies), context)
+    maps = BASELINES[name](cldf, _Slices(images, present, studies, evidence), context)
     return torch.where(present[:, :, None, None], maps, 0.0)
 
 

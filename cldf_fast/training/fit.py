@@ -67,7 +67,7 @@ class Trainer:
         for name in ("cdm", "classifier"):
             if not self.run.has(name):
                 raise CheckpointError(f"{self.run.path}: the decoder needs a trained {name}; run `train {name}` first")
-        cldf = self.run.load().to(self.fabric.device)
+        cldf = self.run.load(decoder=False).to(self.fabric.device)
         decoder, prototypes, threshold = fit_decoder(cldf, self, self.pixel_labels(cldf, self.train))
         if self.fabric.is_global_zero:
             self.run.save_network("decoder", decoder)
