@@ -36,10 +36,19 @@ class Diffusion:
     """A noise schedule and the network's way of being told the time.
 
     timesteps: T. schedule: "linear" or "cosine". rescale_timesteps: networks read t * 1000 / T instead of t.
-    alpha_bar: float32 [T].
+    level_unit: what noise levels are counted in, "fraction" (of T) or "alpha_bar". alpha_bar: float32 [T].
     """
 
-    def __init__(self, timesteps: int = 1000, schedule: str = "linear", rescale_timesteps: bool = False) -> None:
+    def __init__(
+        self,
+        timesteps: int = 1000,
+        schedule: str = "linear",
+        rescale_timesteps: bool = False,
+        level_unit: str = "fraction",
+    ) -> None:
+        if level_unit not in ("fraction", "alpha_bar"):
+            raise ConfigError(f"level_unit: expected 'fraction' or 'alpha_bar', got {level_unit!r}")
+        self.level_unit = level_unit
         self.timesteps = timesteps
         self.alpha_bar = alpha_bars(timesteps, schedule).float()
         self.rescale_timesteps = rescale_timesteps
@@ -55,6 +64,11 @@ class Diffusion:
         if not 0.0 < alpha_bar <= 1.0:
             raise ConfigError(f"noise level: expected an alpha-bar in (0, 1], got {alpha_bar}")
         return int((self.alpha_bar - alpha_bar).abs().argmin())
+
+    def steps_of(self, levels: Sequence[float]) -> Tensor:
+        """The steps t of noise levels in this process's unit: int64 [L]."""
+        step_of = self.step_of_fraction if self.level_unit == "fraction" else self.step_of_alpha_bar
+        return torch.tensor([step_of(level) for level in levels])
 
     def network_time(self, steps: Tensor) -> Tensor:
         """What a network is fed for integer steps [B]: float32 [B]."""

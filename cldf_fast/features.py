@@ -16,7 +16,8 @@ from cldf_fast.ops import noised_batch, pixel_seed
 class DiffusionFeatures:
     """Reads decoder blocks of a frozen UNet.
 
-    noise_levels: fractions of T. downsample: downsampling factors; every block with one of them is read.
+    noise_levels: in the unit of `diffusion`, by default fractions of T. downsample: downsampling factors; every block
+    with one of them is read.
     prediction: also the clean image that the network predicts from each noise level, at full size: it sharpens borders.
     channels: channels of each map that a call returns; the noise levels are concatenated in each.
     """
@@ -37,7 +38,7 @@ class DiffusionFeatures:
                 f"downsample: the network has blocks at factors {sorted(set(available))}, got {missing[0]}"
             )
         self.unet = unet
-        self.steps = torch.tensor([diffusion.step_of_fraction(level) for level in noise_levels])
+        self.steps = diffusion.steps_of(noise_levels)
         self.alpha_bar = diffusion.alpha_bar[self.steps]
         self.times = diffusion.network_time(self.steps)
         self.diffusion = diffusion

@@ -59,7 +59,7 @@ def build_diffusion(config: Config) -> Diffusion:
 def build_saliency(config: Config, diffusion: Diffusion, classifier: NoiseAwareClassifier) -> ClassifierSaliency:
     """The saliency of a configuration's evidence section."""
     evidence = config.evidence
-    steps = torch.tensor([diffusion.step_of_fraction(level) for level in evidence.noise_levels])
+    steps = diffusion.steps_of(evidence.noise_levels)
     return ClassifierSaliency(
         classifier,
         alpha_bar=diffusion.alpha_bar[steps],

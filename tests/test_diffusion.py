@@ -71,6 +71,14 @@ def test_levels_by_fraction_and_by_alpha_bar_name_the_same_process() -> None:
     assert long.step_of_alpha_bar(float(short.alpha_bar[100])) == pytest.approx(400, abs=5)
 
 
+def test_levels_are_counted_in_the_unit_of_the_process() -> None:
+    signal = Diffusion().alpha_bar
+    assert Diffusion().steps_of((0.0, 0.25)).tolist() == [0, 250]
+    assert Diffusion(level_unit="alpha_bar").steps_of((1.0, float(signal[250]))).tolist() == [0, 250]
+    with pytest.raises(ConfigError, match="level_unit: expected 'fraction' or 'alpha_bar', got 'snr'"):
+        Diffusion(level_unit="snr")
+
+
 def test_the_network_is_told_the_time_in_its_own_units() -> None:
     steps = torch.tensor([0, 400, 3999])
     assert Diffusion(4000).network_time(steps).tolist() == [0, 400, 3999]

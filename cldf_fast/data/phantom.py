@@ -30,7 +30,7 @@ from cldf_fast.errors import DataError
 # float32 throughout; numpy's stubs widen every mix with a Python float, so the alias can't say so.
 Array = npt.NDArray[np.floating[Any]]
 
-PHANTOM_SPLIT: Mapping[str, int] = MappingProxyType({"train": 120, "val": 15, "test": 40})
+PHANTOM_SPLIT: Mapping[str, int] = MappingProxyType({"train": 200, "val": 15, "test": 40})
 """Patients in each part of `phantom_split`, numbered consecutively in this order."""
 
 # The stack covers the same slab whatever the number of slices: 5 mm a slice for the default 8.
@@ -60,7 +60,7 @@ def phantom(kind: str = "lesion", *, patients: int, slices: int = 8, size: int =
 def phantom_split(kind: str = "lesion", size: int = 64, seed: int = 0) -> dict[str, SliceDataset]:
     """The standard benchmark: disjoint patients in "train", "val" and "test" (`PHANTOM_SPLIT` of each), 8 slices each.
 
-    kind, size, seed: as for `phantom`, whose patients these are: train holds the first 120, and so on.
+    kind, size, seed: as for `phantom`, whose patients these are: train holds the first 200, and so on.
     """
     parts, start = {}, 0
     for part, patients in PHANTOM_SPLIT.items():
@@ -215,7 +215,7 @@ def _acquire(canvas: _Canvas, channels: Array, rng: np.random.Generator) -> Arra
     acquired = np.empty_like(channels)
     for i, channel in enumerate(channels):
         bias = canvas.field(1.1, 1.5)
-        biased = channel * (1.0 + 0.25 * np.tanh(bias))
+        biased = channel * (1.0 + 0.15 * np.tanh(bias))
         blurred = ndimage.gaussian_filter(biased, (0.0, _BLUR / canvas.pixel, _BLUR / canvas.pixel))
         sigma = canvas.uniform(0.02, 0.04)
         real, imaginary = rng.standard_normal((2, *blurred.shape), dtype=np.float32) * np.float32(sigma)
@@ -307,14 +307,24 @@ def _lump(canvas: _Canvas, head: _Frame, axes: tuple[float, float], sizes: tuple
     return canvas.blob(radius, math.sqrt(semi[0] * semi[1]), uniform(-reach, reach), uniform(0.6, 1.15), lumps)
 
 
+def _shaded(canvas: _Canvas, intensities: tuple[float, float]) -> tuple[float, float]:
+    """Intensities (FLAIR, T1) of one patch: no two patients' are the same."""
+    flair, t1 = intensities
+    return flair + canvas.uniform(-0.07, 0.07), t1 + canvas.uniform(-0.05, 0.05)
+
+
 def _draw_mimics(canvas: _Canvas, head: _Frame, axes: tuple[float, float], tissue: Array, channels: Array) -> None:
-    """Patches with one property of a lesion each: FLAIR-bright but T1-bright, or T1-dark but not FLAIR-bright."""
-    for _ in range(int(canvas.rng.integers(2, 5))):
-        alpha = tissue * _lump(canvas, head, axes, (0.12, 0.28), reach=1.2)
-        _paint(channels, alpha, (canvas.uniform(0.78, 1.05), canvas.uniform(0.58, 0.9)))
+    """Patches with one property of a lesion each: FLAIR-bright but not T1-dark, or T1-dark but not FLAIR-bright.
+
+    Their difference of FLAIR and T1 is that of a lesion, which lies between the two: no weighting of the channels sets
+    lesions apart from both.
+    """
+    for _ in range(int(canvas.rng.integers(3, 7))):
+        alpha = tissue * _lump(canvas, head, axes, (0.14, 0.3), reach=1.2)
+        _paint(channels, alpha, _shaded(canvas, (0.98, 0.62)))
     for _ in range(int(canvas.rng.integers(1, 4))):
-        alpha = tissue * _lump(canvas, head, axes, (0.12, 0.26), reach=1.2)
-        _paint(channels, alpha, (canvas.uniform(0.46, 0.62), canvas.uniform(0.32, 0.46)))
+        alpha = tissue * _lump(canvas, head, axes, (0.14, 0.3), reach=1.2)
+        _paint(channels, alpha, _shaded(canvas, (0.55, 0.2)))
 
 
 def _draw_lesions(canvas: _Canvas, head: _Frame, axes: tuple[float, float], tissue: Array, channels: Array) -> Array:
@@ -322,9 +332,9 @@ def _draw_lesions(canvas: _Canvas, head: _Frame, axes: tuple[float, float], tiss
     mottle = canvas.field(0.085, 0.4)
     lesions = np.zeros(canvas.shape, dtype=np.float32)
     for _ in range(int(canvas.rng.choice(3, p=(0.2, 0.5, 0.3)))):
-        alpha = tissue * _lump(canvas, head, axes, (0.2, 0.34), reach=1.3)
-        flair, t1 = canvas.uniform(0.72, 0.92), canvas.uniform(0.36, 0.46)
-        _paint(channels, alpha, (flair + 0.2 * mottle, t1 - 0.08 * mottle))
+        alpha = tissue * _lump(canvas, head, axes, (0.24, 0.4), reach=1.3)
+        flair, t1 = _shaded(canvas, (0.76, 0.38))
+        _paint(channels, alpha, (flair + 0.08 * mottle, t1 - 0.04 * mottle))
         lesions = np.maximum(lesions, alpha)
     return lesions
 
