@@ -96,7 +96,7 @@ class Run:
             "temperature": torch.tensor(prototypes.temperature),
             "label_threshold": label_threshold,
         }
-        self._write(_DECISION, tensors, self._digests())
+        self._write(_DECISION, tensors, self.network_digests())
 
     def load(self, *, decoder: bool = True) -> CLDF:
         """The CDM and classifier, and the decoder with its prototypes where they are trained and wanted.
@@ -137,7 +137,7 @@ class Run:
             )
         with safe_open(self.path / _DECISION, "pt") as file:
             recorded = file.metadata() or {}
-        for network, digest in self._digests().items():
+        for network, digest in self.network_digests().items():
             if recorded.get(network, digest) != digest:
                 raise CheckpointError(
                     f"{self.path}: {network}.safetensors is not the one that the decoder was trained with; "
@@ -146,8 +146,8 @@ class Run:
         prototypes = Prototypes(tensors["vectors"], tensors["bias"], float(tensors["temperature"]))
         return prototypes, tensors["label_threshold"]
 
-    def _digests(self) -> dict[str, str]:
-        """SHA-256 of the networks that a decoder depends on."""
+    def network_digests(self) -> dict[str, str]:
+        """SHA-256 of the files of the networks that a decoder depends on, as far as they are there."""
         return {
             name: hashlib.sha256((self.path / f"{name}.safetensors").read_bytes()).hexdigest()
             for name in ("cdm", "classifier")

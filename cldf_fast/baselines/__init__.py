@@ -57,7 +57,8 @@ class _Slices:
 
 
 def _cam(method: str, cldf: CLDF, slices: _Slices, context: BaselineContext) -> Tensor:
-    if slices.evidence is not None and method == cldf.config.evidence.cam:
+    # CLDF's own GradCAM, where it is configured, is read at another layer than this baseline's.
+    if slices.evidence is not None and method == "layercam" == cldf.config.evidence.cam:
         return slices.evidence.cam
     evidence = cldf.config.evidence.model_copy(update={"cam": method})
     config = cldf.config.model_copy(update={"evidence": evidence})

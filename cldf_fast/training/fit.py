@@ -78,13 +78,9 @@ class Trainer:
         labels, parts = data.require_labels(), []
         with Progress("pixel labels", len(data), quiet=self.quiet or not self.fabric.is_global_zero) as progress:
             for rows in torch.arange(len(data)).split(_EVIDENCE_BATCH):
-                part = torch.zeros(len(rows), *data.images.shape[2:], dtype=torch.int8)
                 # Slices without any class are background throughout: no evidence is needed.
-                some = labels[rows].any(dim=1)
-                if some.any():
-                    evidence = cldf.evidence(data.images[rows[some]])
-                    part[some] = pixel_labels(evidence, labels[rows[some]], cldf.thresholds()).labels
-                parts.append(part)
+                evidence = cldf.evidence(data.images[rows], labels[rows].any(dim=1))
+                parts.append(pixel_labels(evidence, labels[rows], cldf.thresholds()).labels)
                 progress.update(int(rows[-1]) + 1)
         return torch.cat(parts)
 
@@ -101,7 +97,11 @@ class Trainer:
             quiet=self.quiet,
         )
         if self.fabric.is_global_zero:
+            before = self.run.network_digests()
             self.run.save_network(name, trained)
+            if self.run.network_digests() != before:
+                # A decoder that was begun learns from other features now: resuming it would pass it off as theirs.
+                (self.run.path / "decoder.checkpoint").unlink(missing_ok=True)
 
 
 def fit_decoder(cldf: CLDF, trainer: Trainer, labels: Tensor) -> tuple[PixelDecoder, Prototypes, Tensor]:

@@ -136,14 +136,19 @@ def test_cams_and_gradient_are_those_of_the_evidence(tiny_cldf: CLDF, context: B
     torch.testing.assert_close(score_maps("gradient", tiny_cldf, data.images, present, context), evidence.gradient_map)
 
 
+@pytest.mark.parametrize("cam", ["layercam", "gradcam"])
 @pytest.mark.parametrize("name", ["layercam", "gradient", "gradcam"])
-def test_evidence_that_is_at_hand_changes_nothing(name: str, tiny_cldf: CLDF, context: BaselineContext) -> None:
+def test_evidence_that_is_at_hand_changes_nothing(
+    name: str, cam: str, tiny_cldf: CLDF, context: BaselineContext
+) -> None:
     data = random_slices(5)
     present = labels([1, 1, 0], [0, 0, 0], [1, 0, 0], [1, 1, 1], [0, 0, 1])
-    evidence = tiny_cldf.evidence(data.images, present.any(dim=1))
+    own = tiny_cldf.config.evidence.model_copy(update={"cam": cam})
+    cldf = CLDF(tiny_cldf.config.model_copy(update={"evidence": own}), tiny_cldf.unet, tiny_cldf.classifier)
+    evidence = cldf.evidence(data.images, present.any(dim=1))
     torch.testing.assert_close(
-        score_maps(name, tiny_cldf, data.images, present, context, data.studies, evidence),
-        score_maps(name, tiny_cldf, data.images, present, context, data.studies),
+        score_maps(name, cldf, data.images, present, context, data.studies, evidence),
+        score_maps(name, cldf, data.images, present, context, data.studies),
         rtol=1e-4,
         atol=1e-5,
     )

@@ -321,6 +321,19 @@ def test_a_trained_run_segments_and_its_pixel_labels_follow_the_image_labels(
     assert not labels[~present.any(dim=1)].any()
 
 
+def test_a_network_trained_anew_ends_a_decoder_that_was_begun(
+    tiny_config: Config, tiny_slices: Slices, fabric: Fabric, tmp_path: Path
+) -> None:
+    data = tiny_slices()
+    trainer(tiny_config, tmp_path / "run", data, fabric).fit(NETWORKS)
+    state = tmp_path / "run" / "decoder.checkpoint"
+    # What is complete stays as it is.
+    trainer(tiny_config, tmp_path / "run", data, fabric, resume=True).fit(("cdm", "classifier"))
+    assert state.exists()
+    trainer(tiny_config.model_copy(update={"seed": 9}), tmp_path / "run", data, fabric).fit(("cdm",))
+    assert not state.exists()
+
+
 def test_the_decoder_needs_the_other_two(
     tiny_config: Config, tiny_slices: Slices, fabric: Fabric, tmp_path: Path
 ) -> None:
