@@ -83,15 +83,17 @@ def compare(
     trained with true masks, an upper bound. description: goes into the document's "data".
     """
     labels = data.require_labels()
-    predicted = cldf.segment(data.images)
-    given = cldf.segment(data.images, labels)
+    # Evidence wherever a method or a picture may ask for it, and once.
+    shown = labels | (cldf.label_probability(data.images) >= cldf.label_threshold)
+    evidence = cldf.evidence(data.images, shown.any(dim=1))
+    predicted = cldf.segment(data.images, evidence=evidence)
+    # Without a condition the labels only rule classes out, and the probabilities are the same.
+    given = predicted if cldf.config.features.condition == "null" else cldf.segment(data.images, labels, evidence)
     own = score(native_masks(predicted.probability, predicted.present, data), predicted.present, data)
     methods = {
         "cldf": own.summary(),
         "cldf_given_labels": score(native_masks(given.probability, labels, data), labels, data).summary(),
     }
-    # Wherever a method or a picture may ask for it, and once.
-    evidence = cldf.evidence(data.images, (labels | predicted.present).any(dim=1))
     facts: dict[str, Any] = dict(description or {})
     if baselines:
         if train is None or val is None:
@@ -115,7 +117,7 @@ def compare(
         facts["position_only_label_auc"] = position_label_auc(train, data)
     upper_bounds: dict[str, Any] = {}
     if supervised is not None:
-        bound = supervised.segment(data.images)
+        bound = supervised.segment(data.images, evidence=evidence)
         upper_bounds["decoder_trained_with_masks"] = score(
             native_masks(bound.probability, bound.present, data), bound.present, data
         ).summary()

@@ -104,6 +104,11 @@ class EvidenceConfig(Section):
 
     noise_levels: tuple[Fraction, ...] = Field(default=(0.0, 0.05, 0.1, 0.2), min_length=1)
     draws: Positive = Field(default=1, description="noise draws for each level")
+    average_views: bool = Field(
+        default=False,
+        description="average the maps of the image and of a second view, moved by a pixel and (with data.mirror) "
+        "mirrored; twice the work",
+    )
     target: Literal["log_probability", "logit"] = "log_probability"
     reduce: Literal["max_abs", "sum_abs", "l2"] = "sum_abs"
     sigma: float = Field(default=1.5, ge=0, description="Gaussian smoothing of the gradient map, working pixels")
@@ -151,6 +156,17 @@ class SegmentationConfig(Section):
 
     prototypes_per_class: Positive = 8
     temperature: float = Field(default=0.1, gt=0)
+    average_views: bool = Field(
+        default=True,
+        description="average the image and a second view of it, moved by a pixel and (with data.mirror) mirrored; "
+        "twice the work",
+    )
+    evidence_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the image's own gradient map in the decision: so much of its log-odds, counted from "
+        "evidence.foreground_gradient, is added to the decoder's",
+    )
 
 
 class DataConfig(Section):
@@ -162,6 +178,12 @@ class DataConfig(Section):
     mirror: bool = Field(
         default=True,
         description="augment by mirroring left and right; switch off where they differ, as in an abdomen",
+    )
+    gamma: float = Field(
+        default=0.0,
+        ge=0,
+        description="augment classifier and decoder by raising each channel to a power between exp(-gamma) and "
+        "exp(gamma): for studies of many scanners",
     )
 
 

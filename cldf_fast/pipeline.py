@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cldf_fast.config import Config, UNetConfig
@@ -22,6 +23,7 @@ from cldf_fast.segmentation import Prototypes, masks_from_probability
 
 Module = TypeVar("Module", bound=nn.Module)
 
+_FARTHEST = 0.01  # from 0 and 1, where a gradient map's log-odds are cut
 _BATCH = 16  # images in one pass; results do not depend on it
 
 
@@ -155,28 +157,48 @@ class CLDF:
             torch.zeros(*shape, *images.shape[2:]), torch.zeros(*shape, *images.shape[2:]), torch.zeros(shape)
         )
         for batch in rows.split(_BATCH) if len(rows) else ():
-            part = self.saliency(images[batch].to(self.device))
+            part = self._evidence(images[batch].to(self.device))
             evidence.gradient_map[batch] = part.gradient_map.cpu()
             evidence.cam[batch] = part.cam.cpu()
             evidence.probability[batch] = part.probability.cpu()
         return evidence
 
+    def _evidence(self, x: Tensor) -> Evidence:
+        seen = self.saliency(x)
+        if not self.config.evidence.average_views:
+            return seen
+        second = self.saliency(self._second_view(x))
+        return Evidence(
+            (seen.gradient_map + self._second_view(second.gradient_map, back=True)) / 2,
+            (seen.cam + self._second_view(second.cam, back=True)) / 2,
+            (seen.probability + second.probability) / 2,
+        )
+
+    def _label_probability(self, x: Tensor) -> Tensor:
+        seen = self.saliency.probability(x)
+        return (
+            (seen + self.saliency.probability(self._second_view(x))) / 2 if self.config.evidence.average_views else seen
+        )
+
     @torch.no_grad()
     def label_probability(self, images: Tensor) -> Tensor:
-        """Image-level probabilities float32 [N, K]: the mean over the evidence's noise levels, without any gradient."""
-        return torch.cat([self.saliency.probability(batch.to(self.device)).cpu() for batch in images.split(_BATCH)])
+        """Image-level probabilities float32 [N, K]: `Evidence.probability`, without any gradient."""
+        return torch.cat([self._label_probability(batch.to(self.device)).cpu() for batch in images.split(_BATCH)])
 
     @torch.no_grad()
-    def segment(self, images: Tensor, labels: Tensor | None = None) -> Segmentation:
+    def segment(self, images: Tensor, labels: Tensor | None = None, evidence: Evidence | None = None) -> Segmentation:
         """Masks of images float32 [N, C, size, size] in [-1, 1].
 
-        labels: bool [N, K], given image-level labels; None: the classifier's prediction is used.
+        labels: bool [N, K], given image-level labels; None: the classifier's prediction is used. evidence: what
+        `evidence` gave for these images, so that it isn't computed again; read only with an evidence_weight.
         An image's mask depends neither on the batch nor on the order.
         """
-        parts = list(self._segment(images, labels))
+        parts = list(self._segment(images, labels, evidence))
         return Segmentation(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
-    def _segment(self, images: Tensor, labels: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def _segment(
+        self, images: Tensor, labels: Tensor | None, evidence: Evidence | None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         if self.decoder is None or self.prototypes is None:
             raise CheckpointError(
                 "segment: expected a trained decoder and prototypes, got none; train the decoder first"
@@ -188,14 +210,44 @@ class CLDF:
                 f"got {str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}"
             )
         for first in range(0, len(images), _BATCH):
-            x = images[first : first + _BATCH].to(self.device)
-            predicted = self.saliency.probability(x)
-            given = predicted.cpu() >= self.label_threshold if labels is None else labels[first : first + _BATCH]
+            rows = slice(first, first + _BATCH)
+            x = images[rows].to(self.device)
+            predicted = self._label_probability(x)
+            given = predicted.cpu() >= self.label_threshold if labels is None else labels[rows]
             present = given.to(self.device)
-            embeddings = self.decoder.dense(self.features(x, self.conditions(present)), (x.shape[2], x.shape[3]))
-            probability = self.prototypes.probability(embeddings.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            condition = self.conditions(present)
+            probability = self._probability(x, condition)
+            if self.config.segmentation.average_views:
+                second = self._probability(self._second_view(x), condition)
+                probability = (probability + self._second_view(second, back=True)) / 2
+            if self.config.segmentation.evidence_weight:
+                seen = (
+                    self.evidence(x, given.any(dim=1)).gradient_map if evidence is None else evidence.gradient_map[rows]
+                )
+                probability = self._with_evidence(probability, seen.to(self.device))
             mask = masks_from_probability(probability, present)
             yield mask.cpu(), probability.cpu(), predicted.cpu(), given.cpu()
+
+    def _probability(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Class probabilities [B, K + 1, H, W] of one view."""
+        assert self.decoder is not None
+        assert self.prototypes is not None
+        embeddings = self.decoder.dense(self.features(x, condition), (x.shape[2], x.shape[3]))
+        return self.prototypes.probability(embeddings.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def _with_evidence(self, probability: Tensor, gradient_map: Tensor) -> Tensor:
+        """Log-odds of the gradient maps [B, K, H, W], weighted, added to the decoder's."""
+        neutral = torch.tensor(self.config.evidence.foreground_gradient).logit(_FARTHEST)
+        shift = self.config.segmentation.evidence_weight * (gradient_map.logit(_FARTHEST) - neutral)
+        return (probability.log() + F.pad(shift, (0, 0, 0, 0, 1, 0))).softmax(dim=1)
+
+    def _second_view(self, maps: Tensor, *, back: bool = False) -> Tensor:
+        """Images or maps [B, ..., H, W] moved by a pixel and, where left and right mean the same, mirrored; or back."""
+        if back:
+            maps = maps.roll((-1, -1), dims=(-2, -1))
+        if self.config.data.mirror:
+            maps = maps.flip(-1)
+        return maps if back else maps.roll((1, 1), dims=(-2, -1))
 
 
 def freeze(module: Module) -> Module:

@@ -20,6 +20,7 @@ def images(count: int) -> Tensor:
 
 def test_masks_do_not_depend_on_the_batch_or_the_order(tiny_cldf: CLDF) -> None:
     x = images(19)  # more than one internal batch
+    tiny_cldf.label_threshold = tiny_cldf.label_probability(x).mean(dim=0)
     together = tiny_cldf.segment(x)
     order = torch.randperm(19)
     shuffled = tiny_cldf.segment(x[order])
@@ -114,3 +115,57 @@ def test_the_decision_waits_for_a_decoder(tiny_cldf: CLDF) -> None:
 def test_labels_of_another_form_are_refused(tiny_cldf: CLDF, labels: Any) -> None:
     with pytest.raises(DataError, match=r"labels: expected bool \[3, 3\], got"):
         tiny_cldf.segment(images(3), labels)
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+def test_results_are_means_over_two_views_of_an_image(tiny_cldf: CLDF, mirror: bool) -> None:
+    def averaging(average_views: bool) -> CLDF:
+        values = tiny_cldf.config.model_dump()
+        values["data"]["mirror"] = mirror
+        values["evidence"]["average_views"] = values["segmentation"]["average_views"] = average_views
+        networks = (tiny_cldf.unet, tiny_cldf.classifier, tiny_cldf.decoder, tiny_cldf.prototypes)
+        return CLDF(make_config(values), *networks)
+
+    def moved_back(maps: Tensor) -> Tensor:
+        maps = maps.roll((-1, -1), dims=(-2, -1))
+        return maps.flip(-1) if mirror else maps
+
+    one, two = averaging(False), averaging(True)
+    x, labels = images(2), torch.ones(2, 3, dtype=torch.bool)
+    moved = (x.flip(-1) if mirror else x).roll((1, 1), dims=(-2, -1))
+    both = [one.segment(x, labels).probability, moved_back(one.segment(moved, labels).probability)]
+    assert not torch.allclose(*both, atol=1e-3)
+    torch.testing.assert_close(two.segment(x, labels).probability, sum(both) / 2, rtol=0, atol=1e-5)
+    seen, other, mean = one.evidence(x), one.evidence(moved), two.evidence(x)
+    for field in ("gradient_map", "cam"):
+        both = [getattr(seen, field), moved_back(getattr(other, field))]
+        assert not torch.allclose(*both, atol=1e-3)
+        torch.testing.assert_close(getattr(mean, field), sum(both) / 2, rtol=0, atol=1e-5)
+    torch.testing.assert_close(mean.probability, (seen.probability + other.probability) / 2)
+    torch.testing.assert_close(two.label_probability(x), mean.probability, rtol=0, atol=1e-6)
+
+
+def test_evidence_of_the_image_itself_shifts_the_decision(tiny_cldf: CLDF) -> None:
+    def weighing(weight: float) -> CLDF:
+        values = tiny_cldf.config.model_dump()
+        values["segmentation"]["evidence_weight"] = weight
+        values["evidence"]["foreground_gradient"] = 0.4
+        return CLDF(make_config(values), *networks)
+
+    networks = (tiny_cldf.unet, tiny_cldf.classifier, tiny_cldf.decoder, tiny_cldf.prototypes)
+    x, labels = images(19), torch.rand(19, 3) < 0.6
+    labels[0] = False
+    labels[1] = True
+    plain, weighed = weighing(0.0).segment(x, labels), weighing(0.7).segment(x, labels)
+    evidence = tiny_cldf.evidence(x)
+    odds = plain.probability[:, 1:] / plain.probability[:, :1]
+    shown = labels.any(dim=1)
+    gradient_map = evidence.gradient_map.clamp(0.01, 0.99)
+    expected = odds * (gradient_map / (1 - gradient_map) / (0.4 / 0.6)) ** 0.7
+    found = weighed.probability[:, 1:] / weighed.probability[:, :1]
+    torch.testing.assert_close(found[shown], expected[shown], rtol=1e-3, atol=1e-5)
+    assert not weighed.mask[~shown].any()
+    assert not weighed.mask.equal(plain.mask)
+    torch.testing.assert_close(
+        weighing(0.7).segment(x, labels, evidence).probability[shown], weighed.probability[shown]
+    )

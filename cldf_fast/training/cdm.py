@@ -10,13 +10,15 @@ from cldf_fast.data.packing import PackedSlices
 from cldf_fast.diffusion import Diffusion
 from cldf_fast.models.conditions import label_condition, null_condition
 from cldf_fast.models.unet import UNet
-from cldf_fast.training.augment import draw_augmentation
+from cldf_fast.training.augment import Augmenter
 from cldf_fast.training.engine import LossFunction, StepDraws
 
 _LOW_NOISE = 0.3  # of T; see CDMConfig.low_noise_share
 
 
-def cdm_loss(data: PackedSlices, diffusion: Diffusion, config: CDMConfig, *, flip: bool) -> LossFunction:
+def cdm_loss(
+    data: PackedSlices, diffusion: Diffusion, config: CDMConfig, *, augmenter: Augmenter | None
+) -> LossFunction:
     """The CDM's loss on random slices: mean squared error of the predicted noise."""
     labels = data.require_labels()
 
@@ -25,8 +27,8 @@ def cdm_loss(data: PackedSlices, diffusion: Diffusion, config: CDMConfig, *, fli
         device = generator.device
         rows = torch.randint(len(data), (batch,), generator=generator, device=device)
         x = data.images[rows.cpu()].to(device)
-        if config.optimisation.augment:
-            x = draw_augmentation(batch, x.shape[1], (x.shape[2], x.shape[3]), generator, flip=flip).images(x)
+        if augmenter is not None:
+            x = augmenter(batch, x.shape[1], (x.shape[2], x.shape[3]), generator).images(x)
         condition = label_condition(labels[rows.cpu()].to(device))
         dropped = torch.rand(batch, 1, generator=generator, device=device) < config.null_probability
         condition = torch.where(dropped, null_condition(batch, labels.shape[1], device), condition)

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from cldf_fast.config import ClassifierConfig
 from cldf_fast.data.packing import PackedSlices
 from cldf_fast.diffusion import Diffusion
-from cldf_fast.training.augment import draw_augmentation
+from cldf_fast.training.augment import Augmenter
 from cldf_fast.training.engine import LossFunction, StepDraws
 
 
-def classifier_loss(data: PackedSlices, diffusion: Diffusion, config: ClassifierConfig, *, flip: bool) -> LossFunction:
+def classifier_loss(
+    data: PackedSlices, diffusion: Diffusion, config: ClassifierConfig, *, augmenter: Augmenter | None
+) -> LossFunction:
     """Binary cross-entropy of every class on noised random slices."""
     labels = data.require_labels().float()
 
@@ -22,8 +24,8 @@ def classifier_loss(data: PackedSlices, diffusion: Diffusion, config: Classifier
         device = generator.device
         rows = torch.randint(len(data), (batch,), generator=generator, device=device)
         x, target = data.images[rows.cpu()].to(device), labels[rows.cpu()].to(device)
-        if config.optimisation.augment:
-            x = draw_augmentation(batch, x.shape[1], (x.shape[2], x.shape[3]), generator, flip=flip).images(x)
+        if augmenter is not None:
+            x = augmenter(batch, x.shape[1], (x.shape[2], x.shape[3]), generator).images(x)
         noisy = torch.rand(batch, generator=generator, device=device) >= config.clean_share
         level = torch.rand(batch, generator=generator, device=device) * config.max_noise * noisy
         steps = (level * (diffusion.timesteps - 1)).long()

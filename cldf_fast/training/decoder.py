@@ -19,7 +19,7 @@ from cldf_fast.features import DiffusionFeatures
 from cldf_fast.losses import PixelInfoNCE
 from cldf_fast.models.decoder import read_at
 from cldf_fast.ops import sample_anchors
-from cldf_fast.training.augment import draw_augmentation
+from cldf_fast.training.augment import Augmenter
 from cldf_fast.training.engine import LossFunction, StepDraws, derived_seed
 from cldf_fast.training.progress import Progress
 
@@ -54,8 +54,7 @@ def read_anchors(
     num_classes: int,
     per_class: int,
     passes: int,
-    augment: bool,
-    flip: bool,
+    augmenter: Augmenter | None,
     seed: int,
     fabric: Fabric,
     quiet: bool = False,
@@ -73,10 +72,10 @@ def read_anchors(
     with Progress("features at anchors", len(mine), quiet=quiet or not fabric.is_global_zero) as progress:
         for done, (number, rows) in enumerate(mine):
             x, labels = images[rows].to(fabric.device), pixel_labels[rows].to(fabric.device)
-            if augment and number > 0:
+            if augmenter is not None and number > 0:
                 generator = torch.Generator(device=fabric.device)
                 generator.manual_seed(derived_seed(seed, number, int(rows[0])))
-                drawn = draw_augmentation(len(rows), x.shape[1], size, generator, flip=flip)
+                drawn = augmenter(len(rows), x.shape[1], size, generator)
                 x, labels = drawn.images(x), drawn.labels(labels)
             key = (number * total + rows).to(fabric.device)
             pixels, counts = sample_anchors(

@@ -17,6 +17,7 @@ from cldf_fast.models.decoder import PixelDecoder
 from cldf_fast.pipeline import CLDF, build_classifier, build_diffusion, build_unet, freeze
 from cldf_fast.run import DatasetRecord, Run
 from cldf_fast.segmentation import Prototypes, calibrate, fit_prototypes
+from cldf_fast.training.augment import Augmenter
 from cldf_fast.training.cdm import cdm_loss
 from cldf_fast.training.classifier import classifier_loss
 from cldf_fast.training.decoder import decoder_loss, read_anchors
@@ -41,6 +42,10 @@ class Trainer:
     resume: bool = False
     quiet: bool = False
 
+    def augmenter(self, optimisation: OptimisationConfig) -> Augmenter | None:
+        """What the training images of classifier and decoder go through, or None."""
+        return Augmenter(self.config.data.mirror, self.config.data.gamma) if optimisation.augment else None
+
     def fit(self, networks: Sequence[str]) -> None:
         """Train these networks, in the order of NETWORKS, and write each to the run when it is done."""
         for name in NETWORKS:
@@ -53,14 +58,21 @@ class Trainer:
         config = self.config
         torch.manual_seed(config.seed)
         unet = build_unet(config.cdm.network, self.record.num_channels, self.record.num_classes)
-        loss = cdm_loss(self.train, build_diffusion(config), config.cdm, flip=self.config.data.mirror)
+        # The CDM learns what images look like, and no scanner makes what a drawn power does.
+        augmenter = Augmenter(config.data.mirror) if config.cdm.optimisation.augment else None
+        loss = cdm_loss(self.train, build_diffusion(config), config.cdm, augmenter=augmenter)
         self._fit("cdm", unet, loss, config.cdm.optimisation)
 
     def _fit_classifier(self) -> None:
         config = self.config
         torch.manual_seed(config.seed)
         classifier = build_classifier(config, self.record.num_channels, self.record.num_classes)
-        loss = classifier_loss(self.train, build_diffusion(config), config.classifier, flip=self.config.data.mirror)
+        loss = classifier_loss(
+            self.train,
+            build_diffusion(config),
+            config.classifier,
+            augmenter=self.augmenter(config.classifier.optimisation),
+        )
         self._fit("classifier", classifier, loss, config.classifier.optimisation)
 
     def _fit_decoder(self) -> None:
@@ -119,8 +131,7 @@ def fit_decoder(cldf: CLDF, trainer: Trainer, labels: Tensor) -> tuple[PixelDeco
         num_classes=num_classes,
         per_class=config.decoder.anchors_per_class,
         passes=config.decoder.passes,
-        augment=config.decoder.optimisation.augment,
-        flip=config.data.mirror,
+        augmenter=trainer.augmenter(config.decoder.optimisation),
         seed=config.seed,
         fabric=fabric,
         quiet=trainer.quiet,

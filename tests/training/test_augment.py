@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cldf_fast.training.augment import Augmentation, draw_augmentation
+from cldf_fast.training.augment import Augmentation, Augmenter
 
 
-def drawn(batch: int = 8, size: tuple[int, int] = (24, 20), seed: int = 0, flip: bool = False) -> Augmentation:
-    return draw_augmentation(batch, 2, size, torch.Generator().manual_seed(seed), flip=flip)
+def drawn(
+    batch: int = 8, size: tuple[int, int] = (24, 20), seed: int = 0, mirror: bool = False, gamma: float = 0.0
+) -> Augmentation:
+    return Augmenter(mirror, gamma)(batch, 2, size, torch.Generator().manual_seed(seed))
 
 
 def test_the_same_generator_draws_the_same_and_rows_can_be_picked() -> None:
@@ -20,10 +22,26 @@ def test_the_same_generator_draws_the_same_and_rows_can_be_picked() -> None:
     assert not images.equal(drawn(seed=1).images(x))
     rows = torch.tensor([5, 2])
     torch.testing.assert_close(drawn()[rows].images(x[rows]), images[rows])
+    curved = drawn(gamma=0.5)
+    torch.testing.assert_close(curved[rows].images(x[rows]), curved.images(x)[rows])
+
+
+def test_gamma_bends_each_channel_and_keeps_its_order() -> None:
+    ramp = torch.linspace(-1, 1, 20).expand(16, 2, 24, 20)
+    plain, curved = Augmenter(), Augmenter(gamma=0.5)
+    straight, bent = (
+        a(16, 2, (24, 20), torch.Generator().manual_seed(0)).images(ramp)[:, :, 12, 3:-3] for a in (plain, curved)
+    )
+    # The same geometry, and no power moves black, white or the order of what lies between.
+    assert not torch.allclose(straight, bent, atol=0.05)
+    lightness = bent.mean(dim=2) - straight.mean(dim=2)
+    assert lightness.min() < -0.1 < 0.1 < lightness.max()
+    assert not torch.allclose(lightness[:, 0], lightness[:, 1], atol=0.05)
+    assert ((bent.diff(dim=2) >= -1e-6) == (straight.diff(dim=2) >= -1e-6)).all()
 
 
 def test_images_stay_in_range_and_air_stays_air() -> None:
-    augmentation = drawn(flip=True)
+    augmentation = drawn(mirror=True, gamma=0.5)
     images = augmentation.images(torch.rand(8, 2, 24, 20) * 2 - 1)
     assert images.abs().max() <= 1
     assert augmentation.images(torch.full((8, 2, 24, 20), -1.0)).eq(-1).all()
@@ -33,7 +51,7 @@ def test_pixel_labels_move_with_the_images() -> None:
     labels = torch.zeros(8, 24, 20, dtype=torch.int8)
     labels[:, 6:16, 5:15] = 2
     labels[:, 10:12, 8:10] = -1
-    augmentation = drawn(flip=True)
+    augmentation = drawn(mirror=True, gamma=0.5)
     moved = augmentation.labels(labels)
     assert moved.dtype == torch.int8
     assert set(moved.unique().tolist()) == {-1, 0, 2}
@@ -52,13 +70,13 @@ def test_what_comes_in_from_outside_is_ignored() -> None:
     assert (moved[:, 8:16, 7:13] == 1).all()
 
 
-@pytest.mark.parametrize("flip", [True, False])
-def test_only_where_it_is_allowed_half_of_the_images_are_mirrored(flip: bool) -> None:
+@pytest.mark.parametrize("mirror", [True, False])
+def test_only_where_it_is_allowed_half_of_the_images_are_mirrored(mirror: bool) -> None:
     x = torch.full((200, 2, 24, 20), -1.0)
     x[..., :10] = 0.5
 
     def left(images: Tensor) -> Tensor:
         return images[..., :10].mean(dim=(1, 2, 3)) > images[..., 10:].mean(dim=(1, 2, 3))
 
-    share = float(left(drawn(200, flip=flip).images(x)).float().mean())
-    assert (0.35 < share < 0.65) if flip else share == 1
+    share = float(left(drawn(200, mirror=mirror).images(x)).float().mean())
+    assert (0.35 < share < 0.65) if mirror else share == 1

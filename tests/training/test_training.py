@@ -34,6 +34,7 @@ from cldf_fast.pipeline import CLDF
 from cldf_fast.run import DatasetRecord, Run
 from cldf_fast.training import decoder as decoder_training
 from cldf_fast.training import fit as fitting
+from cldf_fast.training.augment import Augmenter
 from cldf_fast.training.cdm import cdm_loss
 from cldf_fast.training.classifier import classifier_loss
 from cldf_fast.training.decoder import AnchorBank, decoder_loss, read_anchors
@@ -75,13 +76,13 @@ def test_the_cdm_learns_the_noise_at_the_time_it_is_told(tiny_slices: Slices) ->
     diffusion = Diffusion(500, rescale_timesteps=True)
     data = tiny_slices()
     data = replace(data, images=torch.full_like(data.images, 0.4))
-    config = CDMConfig.model_validate({"optimisation": {"augment": False}})
+    config = CDMConfig()
 
     def noise(x_t: Tensor, time: Tensor, _condition: Tensor) -> Tensor:
         level = diffusion.alpha_bar[(time / 2).round().long()].view(-1, 1, 1, 1)
         return (x_t - level.sqrt() * 0.4) / (1 - level).sqrt()
 
-    loss = cdm_loss(data, diffusion, config, flip=False)
+    loss = cdm_loss(data, diffusion, config, augmenter=None)
     assert float(loss(Watched(noise), draws(64))) < 1e-6
     nothing = Watched(lambda x_t, _time, _condition: torch.zeros_like(x_t))
     assert float(loss(nothing, draws(64))) == pytest.approx(1, abs=0.05)
@@ -92,7 +93,7 @@ def test_the_cdm_is_conditioned_on_the_label_or_on_nothing(tiny_slices: Slices, 
     data = tiny_slices()
     unet = Watched(lambda x_t, _time, _condition: torch.zeros_like(x_t))
     config = CDMConfig.model_validate({"null_probability": share, "low_noise_share": share})
-    cdm_loss(data, Diffusion(), config, flip=True)(unet, draws(200))
+    cdm_loss(data, Diffusion(), config, augmenter=Augmenter(mirror=True))(unet, draws(200))
     ((_, time, condition),) = unet.asked
     null = (condition == null_condition(1, 3)).all(dim=1)
     assert float(null.float().mean()) == pytest.approx(share, abs=0.1)
@@ -108,7 +109,7 @@ def test_the_classifier_s_loss_is_cross_entropy_of_every_class(tiny_slices: Slic
     # Each slice carries its own number, so that the classifier can be asked which labels it should have seen.
     data = replace(data, images=(torch.arange(9) / 10 - 0.4).view(9, 1, 1, 1).expand(9, 2, 16, 16))
     logits = torch.randn(9, 3)
-    config = ClassifierConfig.model_validate({"clean_share": 1.0, "optimisation": {"augment": False}})
+    config = ClassifierConfig.model_validate({"clean_share": 1.0})
     rows: list[int] = []
 
     def answer(x: Tensor, time: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ def test_the_classifier_s_loss_is_cross_entropy_of_every_class(tiny_slices: Slic
         rows.extend(((x.mean(dim=(1, 2, 3)) + 0.4) * 10).round().long().tolist())
         return logits[rows]
 
-    loss = classifier_loss(data, Diffusion(), config, flip=False)(Watched(answer), draws(40))
+    loss = classifier_loss(data, Diffusion(), config, augmenter=None)(Watched(answer), draws(40))
     expected = [
         math.log1p(math.exp(-float(logits[row, k]) * (1 if data.require_labels()[row, k] else -1)))
         for row in rows
@@ -129,7 +130,7 @@ def test_the_classifier_s_loss_is_cross_entropy_of_every_class(tiny_slices: Slic
 def test_the_classifier_sees_noise_up_to_its_limit(tiny_slices: Slices) -> None:
     classifier = Watched(lambda x, _time: torch.zeros(len(x), 3))
     config = ClassifierConfig.model_validate({"max_noise": 0.4, "clean_share": 0.25})
-    classifier_loss(tiny_slices(), Diffusion(), config, flip=True)(classifier, draws(400))
+    classifier_loss(tiny_slices(), Diffusion(), config, augmenter=Augmenter(mirror=True))(classifier, draws(400))
     ((_, time),) = classifier.asked
     assert 350 < float(time.max()) < 400
     assert float((time == 0).float().mean()) == pytest.approx(0.25, abs=0.07)
@@ -156,7 +157,7 @@ def test_half_of_a_decoder_s_batch_holds_foreground() -> None:
 
 
 def read(cldf: CLDF, data: PackedSlices, labels: Tensor, fabric: Fabric, **options: Any) -> AnchorBank:
-    arguments: dict[str, Any] = {"passes": 1, "augment": False, "seed": 4, **options}
+    arguments: dict[str, Any] = {"passes": 1, "augmenter": None, "seed": 4, **options}
     return read_anchors(
         data.images,
         labels,
@@ -164,7 +165,6 @@ def read(cldf: CLDF, data: PackedSlices, labels: Tensor, fabric: Fabric, **optio
         cldf.features,
         num_classes=4,
         per_class=5,
-        flip=False,
         fabric=fabric,
         quiet=True,
         **arguments,
@@ -208,12 +208,12 @@ def test_the_first_pass_depends_neither_on_its_batches_nor_on_further_passes(
 ) -> None:
     data, labels = tiny_slices(7), pixels_at_random(7)
     once = read(tiny_cldf, data, labels, fabric)
-    twice = read(tiny_cldf, data, labels, fabric, passes=2, augment=True)
+    twice = read(tiny_cldf, data, labels, fabric, passes=2, augmenter=Augmenter())
     assert len(twice.features) == 14
     assert twice.labels[:7].equal(once.labels)
     assert twice.features[:7].equal(once.features)
     assert not twice.features[7:].equal(once.features)
-    assert twice.features.equal(read(tiny_cldf, data, labels, fabric, passes=2, augment=True).features)
+    assert twice.features.equal(read(tiny_cldf, data, labels, fabric, passes=2, augmenter=Augmenter()).features)
     monkeypatch.setattr(decoder_training, "_READ_BATCH", 3)
     small = read(tiny_cldf, data, labels, fabric)
     assert small.labels.equal(once.labels)
