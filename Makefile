@@ -20,12 +20,13 @@ setup: $(INSTALLED)
 $(VENV)/bin/pip:
 	@.ci/venv $(VENV) $(PYTHON)
 
-# Without build isolation the extension is compiled by the pinned tools, and can later see the torch that it is for.
+# Without build isolation the extension is compiled by the pinned tools and against the torch that it is for, which
+# therefore is there first.
 # Setuptools' general advice on editable installs is left out.
 # cldf_fast/__init__.py holds the version.
 $(INSTALLED): Makefile pyproject.toml setup.py constraints.txt cldf_fast/__init__.py $(NATIVE) | $(VENV)/bin/pip
 	@echo "Setting up $(VENV): the first time this downloads PyTorch, up to 3 GB, and takes some minutes."
-	@$(PIP) install -c constraints.txt setuptools pybind11
+	@$(PIP) install -c constraints.txt setuptools pybind11 torch numpy
 	@PYTHONWARNINGS=ignore $(PIP) install -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 

@@ -14,17 +14,26 @@ from setuptools.errors import BaseError, CCompilerError
 ROOT = Path(__file__).resolve().parent
 # Installed in the extension's place when it is left out: one line that says why. cldf_fast.doctor prints it.
 LEFT_OUT = "_C.txt"
+OPERATORS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp"))
+# One binary for torch 2.10 and every later one: major in the first byte, minor in the second.
+TORCH_TARGET_VERSION = "0x020a000000000000"
+# Nobody reads errno or traps of arithmetic, and both keep loops from being vectorised. Values stay as they are.
+# GCC's note that passing vectors differs between instruction sets concerns calls between binaries.
+VECTORISABLE = ["-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 PYTHON_HEADERS = sysconfig.get_path("include")
 
 
-def pybind11_headers() -> str | None:
-    """The include directory of pybind11, or of the copy that torch ships; looks both up and imports neither."""
-    for package in ("pybind11", "torch"):
-        spec = importlib.util.find_spec(package)
-        for folder in (spec.submodule_search_locations or []) if spec else []:
-            if Path(folder, "include", "pybind11", "pybind11.h").is_file():
-                return str(Path(folder, "include"))
-    return None
+def package_folder(package: str, file: str) -> Path | None:
+    """The folder of an installed package that holds this file; looks it up without importing it."""
+    spec = importlib.util.find_spec(package)
+    folders = map(Path, (spec.submodule_search_locations or []) if spec else [])
+    return next((folder for folder in folders if (folder / file).is_file()), None)
+
+
+def pybind11_headers() -> Path | None:
+    """The include directory of pybind11, or of the copy that torch ships."""
+    folders = [package_folder(package, "include/pybind11/pybind11.h") for package in ("pybind11", "torch")]
+    return next((folder / "include" for folder in folders if folder), None)
 
 
 class BuildNative(build_ext):
@@ -37,6 +46,8 @@ class BuildNative(build_ext):
         reason = self._obstacle()
         if not reason:
             ext.define_macros.append(("CLDF_FAST_VERSION", f'"{self.distribution.get_version()}"'))
+            ext.include_dirs.append(str(pybind11_headers()))
+            self._add_operators(ext)
             try:
                 super().build_extension(ext)
             except (BaseError, CCompilerError) as error:
@@ -57,6 +68,18 @@ class BuildNative(build_ext):
                 if file.exists():
                     shutil.copy(file, source / file.name)
 
+    def _add_operators(self, ext: Extension) -> None:
+        """The C++ operators, on torch's stable ABI; left out where no torch is installed to compile against."""
+        torch = package_folder("torch", "include/torch/csrc/stable/library.h")
+        if torch is None:
+            return
+        ext.define_macros += [("CLDF_FAST_OPERATORS", "1"), ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
+        ext.sources += OPERATORS
+        ext.include_dirs += ["csrc/include", str(torch / "include")]
+        ext.library_dirs.append(str(torch / "lib"))
+        # No run path: torch has loaded its libraries before this one is.
+        ext.libraries += ["torch_cpu", "c10"]
+
     def _obstacle(self) -> str:
         """What is plainly missing on this machine, with what to install; empty if the compiler may try."""
         command = getattr(self.compiler, "compiler_so_cxx", None) or getattr(self.compiler, "compiler_so", None)
@@ -72,9 +95,8 @@ class BuildNative(build_ext):
 native = Extension(
     "cldf_fast._C",
     sources=["csrc/bindings.cpp"],
-    include_dirs=[folder for folder in [pybind11_headers()] if folder],
     # No debug information: it would write the builder's paths into the binary.
-    extra_compile_args=["-std=c++20", "-O2", "-g0", "-fvisibility=hidden"],
+    extra_compile_args=["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", *VECTORISABLE],
     language="c++",
     # Without this setuptools insists on the file; whether it was made is BuildNative's to say.
     optional=True,

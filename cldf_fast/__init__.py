@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cldf_fast.evidence import ClassifierSaliency as ClassifierSaliency
     from cldf_fast.features import DiffusionFeatures as DiffusionFeatures
+    from cldf_fast.losses import PixelBank as PixelBank
+    from cldf_fast.losses import PixelContrastLoss as PixelContrastLoss
     from cldf_fast.losses import PixelInfoNCE as PixelInfoNCE
+    from cldf_fast.losses import SupConLoss as SupConLoss
     from cldf_fast.models.decoder import PixelDecoder as PixelDecoder
     from cldf_fast.ops import fuse_evidence as fuse_evidence
     from cldf_fast.ops import gradient_saliency as gradient_saliency
@@ -26,8 +29,11 @@ _HOMES = {
     "CLDF": "cldf_fast.pipeline",
     "ClassifierSaliency": "cldf_fast.evidence",
     "DiffusionFeatures": "cldf_fast.features",
+    "PixelBank": "cldf_fast.losses",
+    "PixelContrastLoss": "cldf_fast.losses",
     "PixelDecoder": "cldf_fast.models.decoder",
     "PixelInfoNCE": "cldf_fast.losses",
+    "SupConLoss": "cldf_fast.losses",
     "fuse_evidence": "cldf_fast.ops",
     "gradient_saliency": "cldf_fast.ops",
     "noised_batch": "cldf_fast.ops",

@@ -1,5 +1,6 @@
 // The Python module cldf_fast._C: what this binary is and how it was made.
-// No torch header here: one of them costs forty times this file's compile time and binds the binary to one torch.
+// No torch header here: the full ones cost forty times this file's compile time and bind the binary to one torch. The
+// operators in cpu/ are on torch's stable ABI and register themselves when this module is loaded.
 
 #include <pybind11/pybind11.h>
 
@@ -27,7 +28,12 @@ py::dict build_record() {
   record["cxx_standard"] = "C++" + std::to_string(__cplusplus / 100 % 100);
   record["python"] = std::to_string(PY_MAJOR_VERSION) + "." + std::to_string(PY_MINOR_VERSION);
   record["pybind11"] = std::to_string(PYBIND11_VERSION_MAJOR) + "." + std::to_string(PYBIND11_VERSION_MINOR);
-  record["torch_stable_abi"] = "not used: this version has no C++ operator";
+#ifdef CLDF_FAST_OPERATORS
+  record["torch_stable_abi"] =
+      std::to_string(TORCH_TARGET_VERSION >> 56) + "." + std::to_string(TORCH_TARGET_VERSION >> 48 & 0xff) + " and later";
+#else
+  record["torch_stable_abi"] = "operators left out: torch was not installed where the package was built";
+#endif
   record["cuda"] = "left out: this version has no CUDA source";
   return record;
 }

@@ -1,4 +1,4 @@
-"""PixelInfoNCE: the mean over counted anchors, alone and over processes."""
+"""PixelInfoNCE alone, with a memory bank and over processes; the losses whose call shapes it takes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cldf_fast.errors import ConfigError
-from cldf_fast.losses import PixelInfoNCE
+from cldf_fast.errors import ConfigError, DataError
+from cldf_fast.losses import PixelBank, PixelContrastLoss, PixelInfoNCE, SupConLoss
 
 VARIANTS = ("per_positive", "supcon")
 TEMPERATURE = 0.2
@@ -22,20 +22,24 @@ TEMPERATURE = 0.2
 
 def naive(embeddings: Tensor, labels: Tensor, variant: str) -> Tensor:
     """The mean written out: every anchor against every other, one pair at a time."""
-    losses = []
-    for i in range(len(labels)):
-        others = [j for j in range(len(labels)) if j != i and labels[j] >= 0]
-        logit = {j: embeddings[i] @ embeddings[j] / TEMPERATURE for j in others}
-        positive = [j for j in others if labels[j] == labels[i]]
-        negative = [j for j in others if labels[j] != labels[i]]
-        if labels[i] < 0 or not positive or not negative:
-            continue
-        terms = []
-        for p in positive:
-            rivals = [p, *negative] if variant == "per_positive" else others
-            terms.append(torch.log(sum(torch.exp(logit[j] - logit[p]) for j in rivals)))
-        losses.append(sum(terms) / len(terms))
-    return sum(losses) / len(losses)
+    losses = [naive_anchor(embeddings, labels, i, variant) for i in range(len(labels))]
+    counted = [loss for loss in losses if loss is not None]
+    return torch.stack(counted).mean()
+
+
+def naive_anchor(embeddings: Tensor, labels: Tensor, i: int, variant: str) -> Tensor | None:
+    """Anchor i's loss; None where it doesn't count."""
+    others = [j for j in range(len(labels)) if j != i and labels[j] >= 0]
+    logit = {j: embeddings[i] @ embeddings[j] / TEMPERATURE for j in others}
+    positive = [j for j in others if labels[j] == labels[i]]
+    negative = [j for j in others if labels[j] != labels[i]]
+    if labels[i] < 0 or not positive or not negative:
+        return None
+    terms = []
+    for p in positive:
+        rivals = [p, *negative] if variant == "per_positive" else others
+        terms.append(torch.log(sum(torch.exp(logit[j] - logit[p]) for j in rivals)))
+    return sum(terms) / len(terms)
 
 
 def anchors(count: int = 14) -> tuple[Tensor, Tensor]:
@@ -70,6 +74,147 @@ def test_a_wrong_temperature_is_named() -> None:
     embeddings, labels = anchors()
     with pytest.raises(ConfigError, match="temperature"):
         PixelInfoNCE(temperature=0.0)(embeddings, labels)
+
+
+# --- Memory bank ------------------------------------------------------------------------------------------------------
+
+
+def test_a_bank_holds_the_newest_rows_of_every_class() -> None:
+    bank = PixelBank(num_classes=3, size=4, dim=2)
+    newest: dict[int, list[float]] = {0: [], 1: [], 2: []}
+    for _ in range(20):
+        rows = int(torch.randint(0, 9, ()))
+        embeddings, labels = torch.randn(rows, 2), torch.randint(-1, 4, (rows,))  # 3 is no class of this bank
+        bank.enqueue(embeddings, labels)
+        for value, label in zip(embeddings[:, 0].tolist(), labels.tolist(), strict=True):
+            if label in newest:
+                newest[label] = [*newest[label], value][-4:]
+        vectors, found = bank.candidates()
+        assert vectors.shape == (12, 2)
+        for label, values in newest.items():
+            assert sorted(vectors[found == label, 0].tolist()) == sorted(values)
+
+
+def test_more_rows_than_a_bank_has_room_for_leave_the_last() -> None:
+    bank = PixelBank(2, 3, 1)
+    bank.enqueue(torch.arange(10.0).unsqueeze(1), torch.tensor([0, 1] * 5))
+    vectors, labels = bank.candidates()
+    assert sorted(vectors[labels == 0].flatten().tolist()) == [4, 6, 8]
+    assert sorted(vectors[labels == 1].flatten().tolist()) == [5, 7, 9]
+    bank.enqueue(torch.tensor([[20.0]]), torch.tensor([0]))
+    vectors, labels = bank.candidates()
+    assert sorted(vectors[labels == 0].flatten().tolist()) == [6, 8, 20]
+    again = PixelBank(2, 3, 1)
+    again.load_state_dict(bank.state_dict())
+    assert all(map(torch.equal, again.candidates(), bank.candidates()))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_bank_s_rows_are_candidates_without_gradient(variant: str) -> None:
+    embeddings, labels = anchors()
+    criterion, bank = PixelInfoNCE(TEMPERATURE, variant), PixelBank(3, 5, 6).double()
+    torch.testing.assert_close(criterion(embeddings, labels, bank), criterion(embeddings, labels))
+    rows, row_labels = F.normalize(torch.randn(8, 6).double(), dim=1), torch.randint(0, 3, (8,))
+    bank.enqueue(rows, row_labels)
+    loss = criterion(embeddings, labels, bank)
+    # The same as a joint batch of which only the first rows are anchors.
+    joint = torch.cat([embeddings, rows])
+    everyone = torch.cat([labels, row_labels])
+    losses = [naive_anchor(joint, everyone, i, variant) for i in range(len(labels))]
+    expected = torch.stack([value for value in losses if value is not None]).mean()
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert embeddings.grad is not None
+
+
+def test_a_bank_names_what_does_not_fit() -> None:
+    with pytest.raises(ConfigError, match="size: expected at least 1, got 0"):
+        PixelBank(2, 0, 4)
+    with pytest.raises(DataError, match=r"embeddings: expected floating \[M, 4\]"):
+        PixelBank(2, 3, 4).enqueue(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64))
+
+
+# --- Call shapes of other losses --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["all", "one"])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_supcon_is_the_published_formula(mode: str, labelled: bool) -> None:
+    features = F.normalize(torch.randn(7, 3, 5).double(), dim=2).requires_grad_()
+    labels = torch.tensor([0, 1, 1, 2, 0, 5, 1]) if labelled else None
+    loss = SupConLoss(0.2, mode, base_temperature=0.1)(features, labels)
+    # Khosla et al. 2020, equation 2, over all pairs of views.
+    rows = features.transpose(0, 1).reshape(21, 5)
+    of_row = (torch.arange(7) if labels is None else labels).repeat(3)
+    logits = (rows @ rows.T / 0.2).masked_fill(torch.eye(21, dtype=torch.bool), -torch.inf)
+    positive = (of_row == of_row.unsqueeze(1)) & ~torch.eye(21, dtype=torch.bool)
+    log_probability = (logits - logits.logsumexp(dim=1, keepdim=True)).masked_fill(~positive, 0)
+    expected = -2 * (log_probability.sum(dim=1) / positive.sum(dim=1))[: 21 if mode == "all" else 7].mean()
+    torch.testing.assert_close(loss, expected)
+    (gradient,), (wanted,) = torch.autograd.grad(loss, features), torch.autograd.grad(expected, features)
+    torch.testing.assert_close(gradient, wanted)
+
+
+def test_supcon_names_what_does_not_fit() -> None:
+    with pytest.raises(ConfigError, match="contrast_mode: expected one of all, one, got 'some'"):
+        SupConLoss(contrast_mode="some")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"features: expected floating \[B, V, D\]"):
+        SupConLoss()(torch.zeros(3, 4))
+
+
+def test_pixel_contrast_of_all_pixels_is_pixel_infonce() -> None:
+    feats = F.normalize(torch.randn(2, 6, 4, 5).double(), dim=1).requires_grad_()
+    labels = torch.randint(-1, 3, (2, 8, 10))
+    small = labels[:, ::2, ::2]
+    criterion = PixelContrastLoss(3, temperature=TEMPERATURE, base_temperature=TEMPERATURE, max_views=40)
+    loss = criterion(feats, labels, torch.randint(0, 3, (2, 4, 5)))
+    expected = PixelInfoNCE(TEMPERATURE, "per_positive")(feats.permute(0, 2, 3, 1).flatten(0, 2), small.flatten())
+    torch.testing.assert_close(loss, expected)
+    (gradient,), (wanted,) = torch.autograd.grad(loss, feats), torch.autograd.grad(expected, feats)
+    torch.testing.assert_close(gradient, wanted)
+
+
+@pytest.mark.parametrize(("misclassified", "expected"), [(0, 0), (2, 2), (10, 4), (19, 7), (20, 8)])
+def test_half_of_the_anchors_are_misclassified_pixels(
+    misclassified: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one image with 20 pixels of a class, 8 are drawn: 4 of each kind, or more where the other has fewer."""
+    seen = []
+
+    def watch(embeddings: Tensor, _: Tensor, labels: Tensor, *__: Tensor, **___: object) -> tuple[Tensor, Tensor]:
+        seen.append(embeddings[labels >= 0])
+        return embeddings.sum(dim=1), torch.ones(len(embeddings), dtype=torch.bool)
+
+    monkeypatch.setattr("cldf_fast.losses.pixel_infonce_with_valid", watch)
+    predict = torch.zeros(1, 4, 5, dtype=torch.int64)
+    predict.view(-1)[torch.randperm(20)[:misclassified]] = 1
+    feats = (1 + predict).unsqueeze(1).float()  # 2 where misclassified
+    criterion = PixelContrastLoss(1, max_views=8)
+    criterion(feats, torch.zeros(1, 4, 5, dtype=torch.int64), predict)
+    assert int((seen[0] == 2).sum()) == expected
+    assert len(seen[0]) == 8
+
+
+def test_pixel_contrast_draws_anew_in_every_call_and_repeats_with_its_seed() -> None:
+    feats = F.normalize(torch.randn(1, 6, 9, 9), dim=1)
+    labels, predict = torch.randint(0, 2, (1, 9, 9)), torch.randint(0, 2, (1, 9, 9))
+    one, other = (PixelContrastLoss(2, max_views=6, seed=3) for _ in range(2))
+    losses = [float(one(feats, labels, predict)) for _ in range(3)]
+    assert len(set(losses)) == 3
+    assert [float(other(feats, labels, predict)) for _ in range(3)] == losses
+
+
+@pytest.mark.parametrize("labels", [torch.full((1, 3, 3), -1), torch.zeros(1, 3, 3, dtype=torch.int64)])
+def test_pixel_contrast_with_nothing_to_contrast_is_a_connected_zero(labels: Tensor) -> None:
+    feats = torch.randn(1, 4, 3, 3, requires_grad=True)
+    loss = PixelContrastLoss(2)(feats, labels, torch.zeros(1, 3, 3, dtype=torch.int64))
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert feats.grad is not None
+    assert not feats.grad.any()
+
+
+# --- Several processes ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")

@@ -116,7 +116,7 @@ def test_compiled_extension_says_how_it_was_built(wheel: Path, sdist: Path) -> N
         reason = left_out.read_text(encoding="utf-8")
         assert not reason.startswith("compiling it failed"), reason
         pytest.skip(f"the extension can't be built here: {reason.strip()}")
-    command = "import json, cldf_fast._C as native; print(json.dumps(native.build_record()))"
+    command = "import json, torch, cldf_fast._C as native; print(json.dumps(native.build_record()))"
     environment = os.environ | {"PYTHONPATH": str(wheel)}
     output = subprocess.check_output([sys.executable, "-c", command], cwd=wheel, env=environment, text=True)
     record = json.loads(output)

@@ -6,6 +6,9 @@ import importlib
 from types import ModuleType
 from typing import Any
 
+# The extension needs torch's libraries, which this loads.
+import torch
+
 EXTENSION = "cldf_fast._C"
 
 
@@ -26,6 +29,15 @@ def load(name: str) -> tuple[ModuleType | None, str | None]:
 
 module, reason = load(EXTENSION)
 """The extension and None, or None and the reason for its absence."""
+
+
+def no_operators() -> str | None:
+    """Why the extension's operators can't be called; None where they can."""
+    if reason is not None:
+        return reason
+    if not hasattr(torch.ops.cldf_fast, "infonce_denominator"):
+        return "not built: torch was not installed where the extension was; install again with --no-build-isolation"
+    return None
 
 
 def build_record() -> dict[str, Any]:

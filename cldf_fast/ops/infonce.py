@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cldf_fast.errors import ConfigError
-from cldf_fast.ops import _dispatch, reference
+from cldf_fast.ops import _dispatch, _infonce_cpu, _native, reference
 from cldf_fast.ops._arguments import check_choice, check_tensor
 
 Variant = Literal["per_positive", "supcon"]
@@ -202,5 +202,28 @@ def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor
 
 _pixel_infonce.register_autograd(_differentiate, setup_context=_save_for_backward)
 
+
+def _cpu_objection(anchors: Tensor) -> str | None:
+    if anchors.device.type != "cpu":
+        return f"needs tensors on cpu, got them on {anchors.device}"
+    if anchors.dtype == torch.float64:
+        return "needs float32, float16 or bfloat16, got float64"
+    return None
+
+
 _dispatch.register("pixel_infonce", "reference", reference.pixel_infonce)
 _dispatch.register("pixel_infonce_backward", "reference", reference.pixel_infonce_backward)
+_dispatch.register(
+    "pixel_infonce",
+    "cpu",
+    _infonce_cpu.pixel_infonce,
+    serves=lambda anchors, *_: _cpu_objection(anchors),
+    available=_native.no_operators,
+)
+_dispatch.register(
+    "pixel_infonce_backward",
+    "cpu",
+    _infonce_cpu.pixel_infonce_backward,
+    serves=lambda _loss, _lse, _weight, _count, anchors, *_: _cpu_objection(anchors),
+    available=_native.no_operators,
+)

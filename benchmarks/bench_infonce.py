@@ -1,0 +1,147 @@
+"""pixel_infonce, forward and backward, against what people use: time, extra memory, share of the machine's GEMM rate.
+
+    OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_infonce.py --benchmark-json=infonce.json
+    python benchmarks/bench_infonce.py memory cpu 8192 64 2        # peak extra memory of one rival, bytes
+
+One process measures all rivals, on the same inputs, so that their ratios hold whatever else the machine is doing. The
+rate counts 8 M N D operations, the four products that no method can avoid when it recomputes the logits once.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
+
+from cldf_fast.ops import backend_report, pixel_infonce
+
+TEMPERATURE = 0.1
+_CHUNK = 512  # anchors, for the rival that works in chunks
+
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def eager(anchors: Tensor, candidates: Tensor, anchor_labels: Tensor, candidate_labels: Tensor) -> Tensor:
+    """The "supcon" loss as one writes it in PyTorch: M x N logits, masks and log-probabilities."""
+    logits = anchors @ candidates.T / TEMPERATURE
+    positive = anchor_labels.unsqueeze(1) == candidate_labels.unsqueeze(0)
+    log_probability = logits - logits.logsumexp(dim=1, keepdim=True)
+    return -(log_probability * positive).sum(dim=1) / positive.sum(dim=1)
+
+
+def chunked(anchors: Tensor, candidates: Tensor, anchor_labels: Tensor, candidate_labels: Tensor) -> Tensor:
+    """`eager` by chunks of anchors, each computed again in the backward pass."""
+    parts = [
+        checkpoint(eager, rows, candidates, labels, candidate_labels, use_reentrant=False)
+        for rows, labels in zip(anchors.split(_CHUNK), anchor_labels.split(_CHUNK), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+@cache
+def _compiled() -> Loss:
+    return torch.compile(eager, dynamic=False)
+
+
+def compiled(anchors: Tensor, candidates: Tensor, anchor_labels: Tensor, candidate_labels: Tensor) -> Tensor:
+    """`eager` under torch.compile."""
+    return _compiled()(anchors, candidates, anchor_labels, candidate_labels)
+
+
+def metric_learning(anchors: Tensor, candidates: Tensor, anchor_labels: Tensor, candidate_labels: Tensor) -> Tensor:
+    """SupConLoss of pytorch-metric-learning."""
+    from pytorch_metric_learning.losses import SupConLoss
+
+    return SupConLoss(temperature=TEMPERATURE)(anchors, anchor_labels, ref_emb=candidates, ref_labels=candidate_labels)
+
+
+RIVALS: dict[str, Loss] = {
+    "cpu": partial(pixel_infonce, temperature=TEMPERATURE, variant="supcon", impl="cpu"),
+    "eager": eager,
+    "compile": compiled,
+    "chunked": chunked,
+    "metric_learning": metric_learning,
+}
+
+
+def drawn(size: int, dim: int, classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unit features of `size` anchors and as many candidates, with labels."""
+    torch.manual_seed(0)
+    features = [normalize(torch.randn(size, dim), dim=1).requires_grad_() for _ in range(2)]
+    labels = [torch.randint(0, classes, (size,)) for _ in range(2)]
+    return features[0], features[1], labels[0], labels[1]
+
+
+def step(rival: str, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Mean loss and both gradients."""
+    loss = RIVALS[rival](*inputs).mean()
+    return loss, *torch.autograd.grad(loss, inputs[:2])
+
+
+@cache
+def gemm_rate() -> float:
+    """Operations a second of the best square product that fits into cache."""
+    best = 0.0
+    for size in (512, 1024, 2048):
+        a, b = torch.randn(size, size), torch.randn(size, size)
+        for _ in range(10):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def peak_memory(rival: str, size: int, dim: int, classes: int) -> int:
+    """Bytes that one step takes beyond its inputs and results, from a process of its own."""
+    command = [sys.executable, __file__, "memory", rival, *map(str, (size, dim, classes))]
+    return int(subprocess.check_output(command, text=True).split()[-1])
+
+
+def _measure_memory(rival: str, size: int, dim: int, classes: int) -> int:
+    # A small step first: code, thread pools and the allocator's own reserves are no memory of the method.
+    step(rival, drawn(64, dim, classes))
+    inputs = drawn(size, dim, classes)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(rival, inputs)
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("size", [1024, 4096, 8192])
+@pytest.mark.parametrize("rival", RIVALS)
+def test_forward_and_backward(benchmark: Any, rival: str, size: int, dim: int, classes: int) -> None:
+    if rival == "cpu" and backend_report()["pixel_infonce"]["cpu"] != "serving":
+        pytest.skip("the compiled extension is absent")
+    if rival == "metric_learning":
+        pytest.importorskip("pytorch_metric_learning")
+    inputs = drawn(size, dim, classes)
+    loss, *gradients = benchmark.pedantic(step, (rival, inputs), warmup_rounds=1, rounds=5)
+    # A rival that computes something else would be no rival.
+    expected = step("chunked", inputs)
+    assert math.isclose(float(loss), float(expected[0]), rel_tol=1e-4)
+    for ours, theirs in zip(gradients, expected[1:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max()))
+    seconds = benchmark.stats.stats.median
+    benchmark.extra_info["gemm_share"] = 8 * size**2 * dim / seconds / gemm_rate()
+    benchmark.extra_info["threads"] = torch.get_num_threads()
+    benchmark.extra_info["torch"] = torch.__version__
+    if size == 8192 and dim == 64 and rival != "compile":
+        benchmark.extra_info["matrix_share"] = peak_memory(rival, size, dim, classes) / (4 * size**2)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 6 or sys.argv[1] != "memory" or sys.argv[2] not in RIVALS:
+        sys.exit(f"usage: bench_infonce.py memory {'|'.join(RIVALS)} SIZE DIM CLASSES")
+    print(_measure_memory(sys.argv[2], *map(int, sys.argv[3:])))

@@ -1,0 +1,217 @@
+"""Every backend of pixel_infonce against the reference in float64: values, saved state and both gradients."""
+
+from __future__ import annotations
+
+import math
+import resource
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from cldf_fast.errors import BackendError
+from cldf_fast.ops import _dispatch, backend_report, pixel_infonce, pixel_infonce_with_valid
+
+VARIANTS = ("per_positive", "supcon")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+
+@pytest.fixture(params=["cpu"])
+def impl(request: pytest.FixtureRequest) -> str:
+    """A backend that this machine has."""
+    states = {op: backend_report()[op][request.param] for op in ("pixel_infonce", "pixel_infonce_backward")}
+    missing = [state for state in states.values() if state != "serving"]
+    if missing:
+        pytest.skip(f"{request.param}: {missing[0]}")
+    return str(request.param)
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    """Error of a tensor as a whole, relative to its norm."""
+    if not exact.numel():
+        return 0.0
+    return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-30))
+
+
+def compare(
+    impl: str,
+    anchors: Tensor,
+    candidates: Tensor,
+    anchor_labels: Tensor,
+    candidate_labels: Tensor,
+    *,
+    tolerance: float,
+    **options: object,
+) -> None:
+    """Loss, valid and gradients under a random weight per anchor."""
+    weight = torch.randn(len(anchors), dtype=torch.float64)
+    results = []
+    for dtype, backend in ((torch.float64, "reference"), (anchors.dtype, impl)):
+        features = [x.detach().to(dtype).requires_grad_() for x in (anchors, candidates)]
+        loss, valid = pixel_infonce_with_valid(*features, anchor_labels, candidate_labels, impl=backend, **options)
+        gradients = torch.autograd.grad((loss * weight.to(loss.dtype)).sum(), features)
+        results.append((loss.detach(), valid, *gradients))
+    exact, found = results
+    assert torch.equal(found[1], exact[1])
+    assert found[0].dtype == torch.float32
+    for at, name in ((0, "loss"), (2, "anchors"), (3, "candidates")):
+        ours, theirs = found[at], exact[at]
+        assert ours.isfinite().all(), name
+        assert relative(ours, theirs) < tolerance, f"{name}: {relative(ours, theirs):.1e}"
+        # What takes no part is exactly zero.
+        assert not ours[theirs == 0].any(), name
+
+
+def drawn(m: int, n: int, d: int, classes: int, dtype: torch.dtype = torch.float32, unit: bool = True) -> list[Tensor]:
+    features = [torch.randn(rows, d) for rows in (m, n)]
+    if unit:
+        features = [normalize(x, dim=1) for x in features]
+    return [*(x.to(dtype) for x in features), torch.randint(-1, classes, (m,)), torch.randint(-1, classes, (n,))]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(
+    ("m", "n", "d", "classes"),
+    [
+        (1, 15, 7, 2), (15, 1, 64, 2), (15, 17, 1, 2), (17, 252, 33, 5), (252, 17, 64, 1), (507, 507, 252, 3),
+        (600, 1100, 96, 4), (1030, 515, 16, 300),
+    ],
+)  # fmt: skip
+def test_awkward_shapes(impl: str, m: int, n: int, d: int, classes: int, dtype: torch.dtype, variant: str) -> None:
+    compare(
+        impl,
+        *drawn(m, n, d, classes, dtype),
+        self_index=torch.randint(-1, n, (m,)),
+        variant=variant,
+        tolerance=TOLERANCE[dtype],
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("temperature", [0.01, 0.07, 1.0, 10.0])
+def test_temperatures(impl: str, temperature: float, variant: str) -> None:
+    # Rounding of the products grows with 1 / temperature before the exponential sees it.
+    tolerance = 1e-5 if temperature > 0.05 else 5e-5
+    compare(impl, *drawn(252, 507, 64, 4), temperature=temperature, variant=variant, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("scale", [1e-3, 10.0])
+def test_features_of_any_length(impl: str, scale: float, variant: str) -> None:
+    anchors, candidates, *labels = drawn(60, 507, 17, 4, unit=False)
+    compare(impl, scale * anchors, scale * candidates, *labels, variant=variant, tolerance=5e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_anchors_are_candidates(impl: str, variant: str) -> None:
+    features, _, labels, _ = drawn(515, 1, 40, 3)
+    results = []
+    for dtype, backend in ((torch.float64, "reference"), (torch.float32, impl)):
+        x = features.to(dtype).requires_grad_()
+        loss = pixel_infonce(x, x, labels, labels, self_index=torch.arange(515), variant=variant, impl=backend)
+        results.append(torch.autograd.grad(loss.sum(), x)[0])
+    assert relative(results[1], results[0]) < 1e-5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("anchor_labels", "candidate_labels"),
+    [([-1, -1], [0, 1, -1]), ([0, 1], [-1, -1]), ([0, 0], [0, 0]), ([0], [1, 2]), ([], [0, 1]), ([0, 1], []), ([], [])],
+)
+def test_nothing_to_contrast_is_a_connected_zero(
+    impl: str, anchor_labels: list[int], candidate_labels: list[int], variant: str
+) -> None:
+    labels = [torch.tensor(values, dtype=torch.int64) for values in (anchor_labels, candidate_labels)]
+    features = [torch.randn(len(values), 5, requires_grad=True) for values in labels]
+    loss, valid = pixel_infonce_with_valid(*features, *labels, variant=variant, impl=impl)
+    gradients = torch.autograd.grad(loss.sum(), features)
+    assert not valid.any()
+    assert not any(value.any() for value in (loss, *gradients))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ignored_rows_are_never_read(impl: str, variant: str) -> None:
+    anchors, candidates, *labels = drawn(60, 90, 12, 3)
+    results = []
+    for filler in (0.0, math.nan, math.inf):
+        features = [
+            x.masked_fill((label < 0).unsqueeze(1), filler).requires_grad_()
+            for x, label in zip((anchors, candidates), labels, strict=True)
+        ]
+        loss = pixel_infonce(*features, *labels, variant=variant, impl=impl)
+        results.append((loss, *torch.autograd.grad(loss.sum(), features)))
+    for clean, *others in zip(*results, strict=True):
+        assert all(torch.equal(clean, other) for other in others)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nan_in_a_row_that_counts_is_not_hidden(impl: str, variant: str) -> None:
+    anchors, candidates, *labels = drawn(40, 60, 12, 3)
+    labels[0][5] = labels[1][0] = 0
+    labels[1][1:] = labels[1][1:].clamp_min(1)
+    labels[1][1] = 0
+    anchors[5, 3] = math.nan
+    assert pixel_infonce(anchors, candidates, *labels, variant=variant, impl=impl)[5].isnan()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_order_and_partition_of_the_candidates_do_not_matter(impl: str, variant: str) -> None:
+    anchors, candidates, *labels = drawn(100, 1500, 24, 4)
+    order = torch.randperm(1500)
+    loss = pixel_infonce(anchors, candidates, *labels, variant=variant, impl=impl)
+    shuffled = pixel_infonce(anchors, candidates[order], labels[0], labels[1][order], variant=variant, impl=impl)
+    torch.testing.assert_close(shuffled, loss, rtol=1e-5, atol=1e-6)
+    # Scaling features and temperature together changes nothing.
+    scaled = pixel_infonce(2 * anchors, 2 * candidates, *labels, temperature=0.4, variant=variant, impl=impl)
+    torch.testing.assert_close(scaled, loss, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_same_call_gives_the_same_bits(impl: str, variant: str) -> None:
+    inputs = drawn(600, 1100, 32, 3)
+    features = [x.requires_grad_() for x in inputs[:2]]
+    runs = []
+    for _ in range(2):
+        loss = pixel_infonce(*features, *inputs[2:], variant=variant, impl=impl)
+        runs.append((loss, *torch.autograd.grad(loss.sum(), features)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_backward_pass_goes_on_from_another_backend_s_state(impl: str, variant: str) -> None:
+    inputs = (*drawn(60, 200, 24, 3), None, 0.1, variant)
+    grad = torch.randn(60)
+    gradients = []
+    for forward, backward in ((impl, "reference"), ("reference", impl)):
+        _, *state = torch.ops.cldf_fast.pixel_infonce(*inputs, forward)
+        gradients.append(torch.ops.cldf_fast.pixel_infonce_backward(grad, *state, *inputs, True, True, backward))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_million_candidates_need_no_matrix() -> None:
+    if backend_report()["pixel_infonce"]["cpu"] != "serving":
+        pytest.skip("the compiled extension is absent")
+    anchors, candidates, *labels = drawn(2000, 1_000_000, 4, 2)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loss = pixel_infonce(anchors.requires_grad_(), candidates, *labels, variant="supcon", impl="cpu")
+    loss.sum().backward()
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    # The matrix would take 8 GB; sorted copies of the candidates and their labels take some 100 MB.
+    assert grown < 0.05 * 4 * 2000 * 1_000_000
+    assert loss.isfinite().all()
+    assert anchors.grad is not None
+    assert anchors.grad.any()
+
+
+def test_cpu_says_what_it_can_not_serve() -> None:
+    if backend_report()["pixel_infonce"]["cpu"] != "serving":
+        pytest.skip("the compiled extension is absent")
+    inputs = drawn(3, 4, 2, 2, torch.float64)
+    with pytest.raises(BackendError, match="needs float32, float16 or bfloat16, got float64"):
+        pixel_infonce(*inputs, impl="cpu")
+    elsewhere = [x.to("meta") for x in drawn(3, 4, 2, 2)]
+    with pytest.raises(BackendError, match="needs tensors on cpu, got them on meta"):
+        _dispatch.select("pixel_infonce", "cpu", *elsewhere, None, 0.1, "supcon")
