@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -85,22 +86,48 @@ class Run:
         """Write a network's weights."""
         self._write(f"{name}.safetensors", module.state_dict())
 
-    def save_decision(self, prototypes: Prototypes, label_threshold: Tensor) -> None:
-        """Write the prototypes, their bias and temperature, and the image-level thresholds.
+    def save_decoder(
+        self, decoder: PixelDecoder, prototypes: Prototypes, label_threshold: Tensor, seed: int = 0
+    ) -> None:
+        """Write a decoder with its prototypes, their bias and temperature, and the image-level thresholds.
 
+        seed: 0 for the run's own; n for the n-th further one, which repeats the run's figures with another seed.
         The digests of the networks they were made with go along: with others, decoder and prototypes mean nothing.
         """
+        folder = self._seeded(seed)
+        folder.path.mkdir(exist_ok=True)
+        folder.save_network("decoder", decoder)
         tensors = {
             "vectors": prototypes.vectors,
             "bias": prototypes.bias,
             "temperature": torch.tensor(prototypes.temperature),
             "label_threshold": label_threshold,
         }
-        self._write(_DECISION, tensors, self.network_digests())
+        folder._write(_DECISION, tensors, self.network_digests())
 
-    def load(self, *, decoder: bool = True) -> CLDF:
+    def has_decoder(self, seed: int) -> bool:
+        """Whether the run's own decoder (0) or a further one is trained, and on the networks that are here now."""
+        folder = self._seeded(seed)
+        return folder.has("decoder") and (folder.path / _DECISION).exists() and not self._other_networks(folder)
+
+    def drop_further_decoders(self) -> None:
+        """Remove the decoders of further seeds: they belong to a decoder, and a configuration, that are replaced."""
+        for folder in self.path.glob("decoder-seed-*"):
+            shutil.rmtree(folder)
+
+    def _seeded(self, seed: int) -> Run:
+        return self if seed == 0 else Run(self.path / f"decoder-seed-{seed}")
+
+    def _other_networks(self, folder: Run) -> list[str]:
+        """The networks that a decoder was not trained with, as far as its file says."""
+        with safe_open(folder.path / _DECISION, "pt") as file:
+            recorded = file.metadata() or {}
+        return [name for name, digest in self.network_digests().items() if recorded.get(name, digest) != digest]
+
+    def load(self, *, decoder: bool = True, seed: int = 0) -> CLDF:
         """The CDM and classifier, and the decoder with its prototypes where they are trained and wanted.
 
+        seed: which decoder, see `save_decoder`.
         Raises CheckpointError where a file is missing, damaged or does not fit, also if the CDM or the classifier was
         trained again after the decoder.
         """
@@ -109,9 +136,11 @@ class Run:
         classifier = build_classifier(config, record.num_channels, record.num_classes)
         self._load_into("cdm", unet)
         self._load_into("classifier", classifier)
-        if not (decoder and self.has("decoder")):
+        folder = self._seeded(seed)
+        if not (decoder and folder.has("decoder")):
             return CLDF(config, unet, classifier)
-        return CLDF(config, unet, classifier, self._decoder(config, unet), *self._decision(config, record))
+        trained = folder._decoder(config, unet)
+        return CLDF(config, unet, classifier, trained, *self._decision(folder, config, record))
 
     def _decoder(self, config: Config, unet: UNet) -> PixelDecoder:
         channels = build_features(config, build_diffusion(config), unet).channels
@@ -119,9 +148,9 @@ class Run:
         self._load_into("decoder", decoder)
         return decoder
 
-    def _decision(self, config: Config, record: DatasetRecord) -> tuple[Prototypes, Tensor]:
+    def _decision(self, folder: Run, config: Config, record: DatasetRecord) -> tuple[Prototypes, Tensor]:
         classes, embedding = record.num_classes, config.decoder.embedding
-        tensors = self._read(_DECISION)
+        tensors = folder._read(_DECISION)
         shapes = {key: list(value.shape) for key, value in tensors.items()}
         per_class = shapes.get("vectors", [0, 0])[1:2]
         expected = {
@@ -132,17 +161,14 @@ class Run:
         }
         if shapes != expected:
             raise CheckpointError(
-                f"{self.path / _DECISION}: does not fit the run, expected shapes {expected}, got {shapes}; "
+                f"{folder.path / _DECISION}: does not fit the run, expected shapes {expected}, got {shapes}; "
                 "train the decoder again"
             )
-        with safe_open(self.path / _DECISION, "pt") as file:
-            recorded = file.metadata() or {}
-        for network, digest in self.network_digests().items():
-            if recorded.get(network, digest) != digest:
-                raise CheckpointError(
-                    f"{self.path}: {network}.safetensors is not the one that the decoder was trained with; "
-                    "train the decoder again"
-                )
+        for network in self._other_networks(folder):
+            raise CheckpointError(
+                f"{self.path}: {network}.safetensors is not the one that the decoder was trained with; "
+                "train the decoder again"
+            )
         prototypes = Prototypes(tensors["vectors"], tensors["bias"], float(tensors["temperature"]))
         return prototypes, tensors["label_threshold"]
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from torch import Tensor
 
 from cldf_fast.comparison import Comparison, compare
 from cldf_fast.config import Config, save_config
@@ -22,9 +23,11 @@ from cldf_fast.data.packing import PackedSlices, pack
 from cldf_fast.data.splits import write_split
 from cldf_fast.errors import ConfigError
 from cldf_fast.evaluation import seeds_summary, write_metrics
+from cldf_fast.models.decoder import PixelDecoder
 from cldf_fast.pipeline import CLDF
 from cldf_fast.report import write_report
 from cldf_fast.run import DatasetRecord, Run
+from cldf_fast.segmentation import Prototypes
 from cldf_fast.training.fit import Trainer, fit_decoder
 
 # Baselines that need one classifier pass or none: what the demo has time for.
@@ -106,7 +109,8 @@ def evaluate(
     """Evaluate a run; returns the document that is written to `json_file`.
 
     split: a part, or "all". baselines: names. upper_bound: also train the decoder with the training part's true masks.
-    decoder_seeds: with more than one, decoders of further seeds are trained and figures are means over them.
+    decoder_seeds: with more than one, figures are means over decoders of further seeds, which are trained where the run
+    doesn't hold them yet.
     """
     config = run.config()
     if dataset is not None and dataset != config.data.dataset:
@@ -119,23 +123,26 @@ def evaluate(
             name: pack(part, config.data.size) for name, part in _parts(config, data, split).items() if name in needed
         }
     comparisons = []
-    for seed in range(config.seed, config.seed + decoder_seeds):
-        seeded = config.model_copy(update={"seed": seed})
+    for further in range(decoder_seeds):
+        seeded = config.model_copy(update={"seed": config.seed + further})
         trainer = Trainer(
             seeded,
-            run if seed == config.seed else Run(run.path / f"decoder-seed-{seed}"),
+            run if further == 0 else Run(run.path / f"decoder-seed-{further}"),
             fabric,
             packed.get("train", packed[split]),
             packed.get("val", packed[split]),
             run.record(),
             quiet=quiet,
         )
-        loaded = run.load().to(fabric.device)
-        cldf = loaded if seed == config.seed else _another_decoder(loaded, trainer, masks=False)
+        loaded = run.load(decoder=False).to(fabric.device)
+        if further and not run.has_decoder(further):
+            run.save_decoder(*_train_decoder(loaded, trainer, masks=False), further)
+        cldf = run.load(seed=further).to(fabric.device)
         supervised = None
         if upper_bound:
-            bound = replace(trainer, run=Run(run.path / f"upper-bound-seed-{seed}"))
-            supervised = _another_decoder(loaded, bound, masks=True)
+            bound = replace(trainer, run=Run(run.path / f"upper-bound-seed-{further}"))
+            trained = _train_decoder(loaded, bound, masks=True)
+            supervised = CLDF(config, loaded.unet, loaded.classifier, *trained).to(fabric.device)
         comparisons.append(
             compare(
                 cldf,
@@ -143,7 +150,7 @@ def evaluate(
                 train=packed.get("train"),
                 val=packed.get("val"),
                 # The baselines do not depend on the decoder: they are scored once, with the first.
-                baselines=baselines if seed == config.seed else (),
+                baselines=() if further else baselines,
                 supervised=supervised,
                 description=_description(config, packed[split], split, cldf),
             )
@@ -231,11 +238,10 @@ def _parts(config: Config, data: Path | None, split: str) -> dict[str, SliceData
     return parts
 
 
-def _another_decoder(cldf: CLDF, trainer: Trainer, *, masks: bool) -> CLDF:
+def _train_decoder(cldf: CLDF, trainer: Trainer, *, masks: bool) -> tuple[PixelDecoder, Prototypes, Tensor]:
     trainer.run.path.mkdir(parents=True, exist_ok=True)
     labels = trainer.train.working_masks().to(torch.int8) if masks else trainer.pixel_labels(cldf, trainer.train)
-    decoder, prototypes, threshold = fit_decoder(cldf, trainer, labels)
-    return CLDF(cldf.config, cldf.unet, cldf.classifier, decoder, prototypes, threshold).to(cldf.device)
+    return fit_decoder(cldf, trainer, labels)
 
 
 def _description(config: Config, data: PackedSlices, split: str, cldf: CLDF) -> dict[str, Any]:

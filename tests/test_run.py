@@ -27,8 +27,7 @@ def saved(cldf: CLDF, path: Path) -> Run:
     run.save_network("classifier", cldf.classifier)
     assert cldf.decoder is not None
     assert cldf.prototypes is not None
-    run.save_network("decoder", cldf.decoder)
-    run.save_decision(cldf.prototypes, cldf.label_threshold)
+    run.save_decoder(cldf.decoder, cldf.prototypes, cldf.label_threshold)
     return run
 
 
@@ -107,7 +106,8 @@ def test_a_missing_or_damaged_file_is_named_in_one_sentence(run: Run, name: str,
 )
 def test_weights_of_another_network_are_refused(tiny_cldf: CLDF, run: Run, name: str, change: dict[str, Any]) -> None:
     if name == "prototypes":
-        run.save_decision(Prototypes(torch.zeros(4, 2, 5), torch.zeros(4), 0.1), torch.zeros(3))
+        assert tiny_cldf.decoder is not None
+        run.save_decoder(tiny_cldf.decoder, Prototypes(torch.zeros(4, 2, 5), torch.zeros(4), 0.1), torch.zeros(3))
     else:
         values = tiny_cldf.config.model_dump()
         section = next(iter(change))
@@ -131,6 +131,27 @@ def test_a_decoder_of_other_networks_is_refused(tiny_cldf: CLDF, run: Run, name:
     with pytest.raises(CheckpointError, match=rf"{name}.safetensors is not the one that the decoder was trained with"):
         run.load()
     assert run.load(decoder=False).decoder is None
+
+
+def test_decoders_of_further_seeds_are_kept_apart(tiny_cldf: CLDF, run: Run) -> None:
+    assert tiny_cldf.decoder is not None
+    assert tiny_cldf.prototypes is not None
+    assert run.has_decoder(0)
+    assert not run.has_decoder(2)
+    moved = Prototypes(tiny_cldf.prototypes.vectors.flip(0), tiny_cldf.prototypes.bias, 0.2)
+    run.save_decoder(tiny_cldf.decoder, moved, torch.full((3,), 0.7), seed=2)
+    assert run.has_decoder(2)
+    own, further = run.load(), run.load(seed=2)
+    assert own.prototypes is not None
+    assert further.prototypes is not None
+    torch.testing.assert_close(own.prototypes.vectors, tiny_cldf.prototypes.vectors)
+    torch.testing.assert_close(further.prototypes.vectors, moved.vectors)
+    assert further.label_threshold.tolist() == pytest.approx([0.7] * 3)
+    run.save_network("classifier", torch.nn.Linear(2, 2))
+    assert not run.has_decoder(2)
+    run.drop_further_decoders()
+    assert not (run.path / "decoder-seed-2").exists()
+    assert (run.path / "decoder.safetensors").exists()
 
 
 def test_prototypes_without_their_parts_are_refused(run: Run) -> None:

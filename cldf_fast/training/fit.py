@@ -82,8 +82,8 @@ class Trainer:
         cldf = self.run.load(decoder=False).to(self.fabric.device)
         decoder, prototypes, threshold = fit_decoder(cldf, self, self.pixel_labels(cldf, self.train))
         if self.fabric.is_global_zero:
-            self.run.save_network("decoder", decoder)
-            self.run.save_decision(prototypes, threshold)
+            self.run.drop_further_decoders()
+            self.run.save_decoder(decoder, prototypes, threshold)
 
     def pixel_labels(self, cldf: CLDF, data: PackedSlices) -> Tensor:
         """Pixel labels int8 [N, H, W] of a part, from evidence and its image-level labels; no mask is used."""
