@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 from typing import Any, Literal
 
 import torch
@@ -211,7 +213,45 @@ def _cpu_objection(anchors: Tensor) -> str | None:
     return None
 
 
+def _triton_objection(anchors: Tensor) -> str | None:
+    if anchors.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"needs tensors on cuda, got them on {anchors.device}"
+    if anchors.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"needs float32, float16 or bfloat16, got {str(anchors.dtype).removeprefix('torch.')}"
+    return None
+
+
+def _no_triton() -> str | None:
+    return None if importlib.util.find_spec("triton") else "not installed: triton, which CUDA builds of torch bring"
+
+
+def _triton_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from cldf_fast.kernels import infonce
+
+    return infonce.pixel_infonce(*arguments)
+
+
+def _triton_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from cldf_fast.kernels import infonce
+
+    return infonce.pixel_infonce_backward(*arguments)
+
+
 _dispatch.register("pixel_infonce", "reference", reference.pixel_infonce)
+_dispatch.register(
+    "pixel_infonce",
+    "triton",
+    _triton_forward,
+    serves=lambda anchors, *_: _triton_objection(anchors),
+    available=_no_triton,
+)
+_dispatch.register(
+    "pixel_infonce_backward",
+    "triton",
+    _triton_backward,
+    serves=lambda _loss, _lse, _weight, _count, anchors, *_: _triton_objection(anchors),
+    available=_no_triton,
+)
 _dispatch.register("pixel_infonce_backward", "reference", reference.pixel_infonce_backward)
 _dispatch.register(
     "pixel_infonce",
