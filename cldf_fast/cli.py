@@ -49,8 +49,16 @@ def demo(
 @app.command()
 def train(
     network: Annotated[Networks, typer.Argument(help="What to train.")],
-    out: Annotated[Path, typer.Option(help="Run directory, made or continued.")],
-    dataset: Annotated[str | None, typer.Option(help="phantom, lgg, brats, chaos or nnunet.")] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Run directory, made or continued; a network that it has already is trained again, unless --resume."
+        ),
+    ],
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="phantom, lgg, brats, chaos or nnunet; default: the configuration's, else phantom."),
+    ] = None,
     data: DataFolder = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML configuration; default: the run's own, else defaults.")

@@ -197,8 +197,9 @@ class Run:
             ) from error
 
     def _load_into(self, name: str, module: nn.Module) -> None:
+        weights = self._read(f"{name}.safetensors")
         try:
-            module.load_state_dict(self._read(f"{name}.safetensors"))
+            module.load_state_dict(weights)
         except RuntimeError as error:
             first = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
             raise CheckpointError(

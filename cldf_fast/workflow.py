@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -76,6 +77,9 @@ def train(
     if fabric.is_global_zero:
         run.create(config, record)
         write_split({name: part.subjects for name, part in parts.items()}, run.split_file)
+        if not quiet:
+            patients = len(parts["train"].subjects)
+            print(f"{', '.join(networks)} on {patients} patients of {config.data.dataset} -> {out}", file=sys.stderr)
     fabric.barrier()
     trainer = Trainer(
         config,

@@ -214,7 +214,7 @@ def _cpu_objection(anchors: Tensor) -> str | None:
 
 
 def _triton_objection(anchors: Tensor) -> str | None:
-    if anchors.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if anchors.device.type != "cuda" and not _interpreting():
         return f"needs tensors on cuda, got them on {anchors.device}"
     if anchors.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"needs float32, float16 or bfloat16, got {str(anchors.dtype).removeprefix('torch.')}"
@@ -222,7 +222,16 @@ def _triton_objection(anchors: Tensor) -> str | None:
 
 
 def _no_triton() -> str | None:
-    return None if importlib.util.find_spec("triton") else "not installed: triton, which CUDA builds of torch bring"
+    if not importlib.util.find_spec("triton"):
+        return "not installed: triton, which CUDA builds of torch bring"
+    if not torch.cuda.is_available() and not _interpreting():
+        return "no CUDA device"
+    return None
+
+
+def _interpreting() -> bool:
+    """Whether Triton runs its kernels as Python, on any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _triton_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
