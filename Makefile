@@ -2,7 +2,7 @@
 # make test    set up, then linters and tests
 # make lint    set up, then ruff and mypy
 # make setup   only set up: a virtual environment in .venv, or in VENV=...; PYTHON=python3.12 picks the interpreter
-# make weights train the networks that are bundled for the demo again (about 25 minutes)
+# make weights train the networks that are bundled for the demo again (about 35 minutes)
 # make clean   remove what was built, not what was installed or produced
 
 VENV := .venv

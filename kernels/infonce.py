@@ -6,7 +6,7 @@ arguments are those of the registered operations, already checked; what the numb
 reference of the operation.
 
 Logits are kept in base 2: exp2 is what the hardware has. Accumulation is fp32 for every input; fp32 inputs are
-multiplied in tf32x3 or exactly, as `DOT_PRECISION` says.
+multiplied in three tf32 products or in one, as `dot_precision` says.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# A tile of 2 MB: what two cores hold in their own caches, and 0.8% of the logits of 8192 anchors and candidates.
+# A tile of 2 MB: 0.8% of the logits of 8192 anchors and candidates. Not tuned yet.
 _TILE_ROWS = 512
 _TILE_COLUMNS = 1024
 

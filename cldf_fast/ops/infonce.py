@@ -234,16 +234,19 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _triton_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+# Triton launches on the current device, which need not be the one that holds the tensors; a CPU tensor changes nothing.
+def _triton_forward(anchors: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from cldf_fast.kernels import infonce
 
-    return infonce.pixel_infonce(*arguments)
+    with torch.cuda.device_of(anchors):
+        return infonce.pixel_infonce(anchors, *arguments)
 
 
-def _triton_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _triton_backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     from cldf_fast.kernels import infonce
 
-    return infonce.pixel_infonce_backward(*arguments)
+    with torch.cuda.device_of(grad_loss):
+        return infonce.pixel_infonce_backward(grad_loss, *arguments)
 
 
 _dispatch.register("pixel_infonce", "reference", reference.pixel_infonce)

@@ -134,7 +134,7 @@ struct Tile {
 
   template <class F>
   void each_row(F f) const {
-    // About 16 microseconds of work for a thread, which is what waking it is worth.
+    // Some ten thousand logits a thread, so that waking it is worth its while.
     const int64_t grain = columns > 0 ? 1 + 32768 / columns : rows;
     torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
