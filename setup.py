@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import platform
 import shutil
 import sysconfig
 from pathlib import Path
@@ -15,6 +16,12 @@ ROOT = Path(__file__).resolve().parent
 # Installed in the extension's place when it is left out: one line that says why. cldf_fast.doctor prints it.
 LEFT_OUT = "_C.txt"
 OPERATORS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp"))
+# Compiled once for each instruction set, of which the operators pick one when they run.
+VECTORISED = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu/simd").glob("*.cpp"))
+INSTRUCTION_SETS = {"baseline": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
+    INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 # One binary for torch 2.10 and every later one: major in the first byte, minor in the second.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 # Nobody reads errno or traps of arithmetic, and both keep loops from being vectorised. Values stay as they are.
@@ -47,8 +54,8 @@ class BuildNative(build_ext):
         if not reason:
             ext.define_macros.append(("CLDF_FAST_VERSION", f'"{self.distribution.get_version()}"'))
             ext.include_dirs.append(str(pybind11_headers()))
-            self._add_operators(ext)
             try:
+                self._add_operators(ext)
                 super().build_extension(ext)
             except (BaseError, CCompilerError) as error:
                 reason = f"compiling it failed: {error}"
@@ -79,6 +86,16 @@ class BuildNative(build_ext):
         ext.library_dirs.append(str(torch / "lib"))
         # No run path: torch has loaded its libraries before this one is.
         ext.libraries += ["torch_cpu", "c10"]
+        if "avx2" in INSTRUCTION_SETS:
+            ext.define_macros.append(("CLDF_X86", "1"))
+        for name, flags in INSTRUCTION_SETS.items():
+            ext.extra_objects += self.compiler.compile(
+                VECTORISED,
+                output_dir=str(Path(self.build_temp, name)),
+                macros=[("CLDF_ISA", name)],
+                include_dirs=["csrc/include"],
+                extra_postargs=[*ext.extra_compile_args, *flags],
+            )
 
     def _obstacle(self) -> str:
         """What is plainly missing on this machine, with what to install; empty if the compiler may try."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cldf_fast.errors import ConfigError
 from cldf_fast.ops import sample_anchors
 from cldf_fast.ops._arguments import check_choice, check_tensor
-from cldf_fast.ops.infonce import pixel_infonce_with_valid
+from cldf_fast.ops.infonce import pixel_infonce, pixel_infonce_sum
 
 
 class _GatherRows(torch.autograd.Function):
@@ -34,7 +34,8 @@ class _GatherRows(torch.autograd.Function):
 class PixelInfoNCE(nn.Module):
     """Contrastive loss of labelled pixel embeddings against each other: every embedding is anchor and candidate.
 
-    temperature, variant: see `ops.pixel_infonce`. impl: the backend.
+    temperature, variant: see `ops.pixel_infonce`. impl: the backend. class_weight: [K], the weight of each class's
+    anchors in the mean, for labels below K; None: all alike.
 
     Under torch.distributed the candidates are those of all processes, gathered with their gradients; shapes must be
     equal on all of them, so pad with label -1. The loss is scaled so that the mean over processes, which is what data
@@ -42,16 +43,22 @@ class PixelInfoNCE(nn.Module):
     any anchor contributes a zero that is connected to the graph.
     """
 
+    class_weight: Tensor | None
+
     def __init__(
         self,
         temperature: float = 0.1,
         variant: Literal["per_positive", "supcon"] = "supcon",
         impl: str = "auto",
+        class_weight: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.temperature = temperature
         self.variant: Literal["per_positive", "supcon"] = variant
         self.impl = impl
+        if class_weight is not None:
+            check_tensor("class_weight", class_weight, "floating", ("K",))
+        self.register_buffer("class_weight", class_weight)
 
     def forward(self, embeddings: Tensor, labels: Tensor, bank: PixelBank | None = None) -> Tensor:
         """Scalar loss of embeddings [M, D] (usually of unit length) with labels [M]; labels below 0 are ignored.
@@ -68,7 +75,7 @@ class PixelInfoNCE(nn.Module):
             candidates = torch.cat([candidates, vectors.to(candidates.dtype)])
             candidate_labels = torch.cat([candidate_labels, bank_labels.to(candidate_labels.dtype)])
         own = torch.arange(first, first + embeddings.shape[0], device=embeddings.device)
-        loss, valid = pixel_infonce_with_valid(
+        total, weight = pixel_infonce_sum(
             embeddings,
             candidates,
             labels,
@@ -76,12 +83,12 @@ class PixelInfoNCE(nn.Module):
             temperature=self.temperature,
             variant=self.variant,
             self_index=own,
+            anchor_weight=None if self.class_weight is None else self.class_weight[labels.long().clamp_min(0)],
             impl=self.impl,
         )
-        counted = valid.sum().to(loss.dtype)
         if world > 1:
-            distributed.all_reduce(counted)
-        return loss.sum() * world / counted.clamp_min(1)
+            distributed.all_reduce(weight)
+        return total * world / torch.where(weight > 0, weight, 1)
 
 
 class PixelBank(nn.Module):
@@ -167,7 +174,7 @@ class SupConLoss(nn.Module):
         # View by view, so that the anchors of mode "one" are the first rows.
         candidates, candidate_labels = features.transpose(0, 1).flatten(0, 1), labels.repeat(views)
         anchors = batch if self.contrast_mode == "one" else batch * views
-        loss, valid = pixel_infonce_with_valid(
+        loss = pixel_infonce(
             candidates[:anchors],
             candidates,
             candidate_labels[:anchors],
@@ -175,9 +182,10 @@ class SupConLoss(nn.Module):
             temperature=self.temperature,
             variant="supcon",
             self_index=torch.arange(anchors, device=features.device),
+            reduction="mean",
             impl=self.impl,
         )
-        return self.temperature / self.base_temperature * loss.sum() / valid.sum().clamp_min(1)
+        return self.temperature / self.base_temperature * loss
 
 
 class PixelContrastLoss(nn.Module):
@@ -247,7 +255,7 @@ class PixelContrastLoss(nn.Module):
         rows = pixels.flatten(1).clamp_min(0).unsqueeze(1).expand(-1, dim, -1)
         embeddings = feats.flatten(2).gather(2, rows).transpose(1, 2).flatten(0, 1)
         own = torch.arange(len(anchor_labels), device=feats.device)
-        loss, valid = pixel_infonce_with_valid(
+        loss = pixel_infonce(
             embeddings,
             embeddings,
             anchor_labels,
@@ -255,6 +263,7 @@ class PixelContrastLoss(nn.Module):
             temperature=self.temperature,
             variant="per_positive",
             self_index=own,
+            reduction="mean",
             impl=self.impl,
         )
-        return self.temperature / self.base_temperature * loss.sum() / valid.sum().clamp_min(1)
+        return self.temperature / self.base_temperature * loss

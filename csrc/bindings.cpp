@@ -31,6 +31,11 @@ py::dict build_record() {
 #ifdef CLDF_FAST_OPERATORS
   record["torch_stable_abi"] =
       std::to_string(TORCH_TARGET_VERSION >> 56) + "." + std::to_string(TORCH_TARGET_VERSION >> 48 & 0xff) + " and later";
+#ifdef CLDF_X86
+  record["instruction_sets"] = "baseline, avx2, avx512; the best is picked on each machine";
+#else
+  record["instruction_sets"] = "baseline";
+#endif
 #else
   record["torch_stable_abi"] = "operators left out: torch was not installed where the package was built";
 #endif

@@ -424,12 +424,16 @@ def pixel_infonce_backward(
     variant: str,
     need_anchors: bool,
     need_candidates: bool,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the anchors and the candidates, in their dtype; one that is not needed is empty, [0]."""
+    """Gradients of the anchors and the candidates, in their dtype or in `dtype`; one not needed is empty, [0]."""
     anchors, candidates, grad_loss = anchors.contiguous(), candidates.contiguous(), grad_loss.contiguous()
     (rows, dim), columns = anchors.shape, candidates.shape[0]
-    grad_anchors = torch.empty_like(anchors) if need_anchors else anchors.new_empty(0)
-    grad_candidates = torch.empty_like(candidates) if need_candidates else candidates.new_empty(0)
+    grad_anchors, grad_candidates = (
+        features.new_empty(features.shape if needed else 0, dtype=dtype or features.dtype)
+        for features, needed in ((anchors, need_anchors), (candidates, need_candidates))
+    )
     constants = options(anchors, variant, self_index)
     slices = triton.cdiv(dim, constants["BLOCK_D"])
     for kernel, gradient, length, block in (

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cldf_fast.errors import ConfigError, DataError
 from cldf_fast.losses import PixelBank, PixelContrastLoss, PixelInfoNCE, SupConLoss
+from cldf_fast.ops import pixel_infonce_with_valid
 
 VARIANTS = ("per_positive", "supcon")
 TEMPERATURE = 0.2
@@ -68,6 +69,21 @@ def test_without_a_pair_to_compare_it_is_a_connected_zero(labels: list[int]) -> 
     assert float(loss.detach()) == 0
     assert embeddings.grad is not None
     assert not embeddings.grad.any()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_classes_can_weigh_differently(variant: str) -> None:
+    embeddings, labels = anchors()
+    weight = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+    own = torch.arange(len(labels))
+    losses, valid = pixel_infonce_with_valid(
+        embeddings, embeddings, labels, labels, temperature=TEMPERATURE, variant=variant, self_index=own
+    )
+    factor = weight[labels.clamp_min(0)] * valid
+    found = PixelInfoNCE(TEMPERATURE, variant, class_weight=weight)(embeddings, labels)
+    torch.testing.assert_close(found, (losses * factor).sum() / factor.sum())
+    with pytest.raises(DataError, match=r"class_weight: expected floating \[K\], got int64 \[\]"):
+        PixelInfoNCE(class_weight=torch.tensor(1))
 
 
 def test_a_wrong_temperature_is_named() -> None:
@@ -181,11 +197,11 @@ def test_half_of_the_anchors_are_misclassified_pixels(
     """Of one image with 20 pixels of a class, 8 are drawn: 4 of each kind, or more where the other has fewer."""
     seen = []
 
-    def watch(embeddings: Tensor, _: Tensor, labels: Tensor, *__: Tensor, **___: object) -> tuple[Tensor, Tensor]:
+    def watch(embeddings: Tensor, _: Tensor, labels: Tensor, *__: Tensor, **___: object) -> Tensor:
         seen.append(embeddings[labels >= 0])
-        return embeddings.sum(dim=1), torch.ones(len(embeddings), dtype=torch.bool)
+        return embeddings.sum()
 
-    monkeypatch.setattr("cldf_fast.losses.pixel_infonce_with_valid", watch)
+    monkeypatch.setattr("cldf_fast.losses.pixel_infonce", watch)
     predict = torch.zeros(1, 4, 5, dtype=torch.int64)
     predict.view(-1)[torch.randperm(20)[:misclassified]] = 1
     feats = (1 + predict).unsqueeze(1).float()  # 2 where misclassified

@@ -35,7 +35,7 @@ def no_operators() -> str | None:
     """Why the extension's operators can't be called; None where they can."""
     if reason is not None:
         return reason
-    if not hasattr(torch.ops.cldf_fast, "infonce_denominator"):
+    if not hasattr(torch.ops.cldf_fast, "infonce_sweep"):
         return "not built: torch was not installed where the extension was; install again with --no-build-isolation"
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -26,9 +27,11 @@ def pixel_infonce(
     temperature: float = 0.1,
     variant: Variant = "per_positive",
     self_index: Tensor | None = None,
+    anchor_weight: Tensor | None = None,
+    reduction: Literal["none", "mean", "sum"] = "none",
     impl: str = "auto",
 ) -> Tensor:
-    """Contrastive loss of every anchor against labelled candidates, not reduced.
+    """Contrastive loss of every anchor against labelled candidates.
 
     With logits s_ij = anchors_i . candidates_j / temperature, the positives of an anchor are the candidates of its own
     label, the negatives are those of another label:
@@ -46,28 +49,42 @@ def pixel_infonce(
         variant: which of the two losses.
         self_index: [M], integer: the candidate that is the anchor itself, which is left out for that anchor; -1 where
             there is none.
+        anchor_weight: [M], floating: a factor of each anchor's loss, such as the weight of its class; without
+            gradient. None: 1.
+        reduction: "none" for every anchor's loss, "sum" for their sum, "mean" for the mean, weighted by
+            `anchor_weight`, over the anchors that count. Both of these compute the gradients along with the loss, from
+            one set of logits, and so are faster than reducing the losses afterwards.
         impl: a backend's name, or "auto" for the fastest that serves the input.
 
     Returns:
-        loss [M], float32 (float64 for float64 input), not negative. An anchor that is ignored, or has no positive or no
-        negative, has loss 0 and zero gradient and should not be counted in a mean: see `pixel_infonce_with_valid`.
-        The loss always stays connected to the graph.
+        loss, float32 (float64 for float64 input), not negative: [M], or [] when reduced. An anchor that is ignored, or
+        has no positive or no negative, has loss 0 and zero gradient and is not counted in a mean; a mean over none is
+        0. The loss always stays connected to the graph.
 
     Raises:
         DataError: a tensor's shape, dtype or device does not fit.
-        ConfigError: temperature or variant is out of range.
+        ConfigError: temperature, variant or reduction is out of range.
         BackendError: the backend that was asked for can't serve.
     """
-    return pixel_infonce_with_valid(
-        anchors,
-        candidates,
-        anchor_labels,
-        candidate_labels,
+    check_choice("reduction", reduction, ("none", "mean", "sum"))
+    inputs = (anchors, candidates, anchor_labels, candidate_labels)
+    if reduction == "none":
+        loss, _ = pixel_infonce_with_valid(
+            *inputs, temperature=temperature, variant=variant, self_index=self_index, impl=impl
+        )
+        if anchor_weight is None:
+            return loss
+        check_tensor("anchor_weight", anchor_weight, "floating", (anchors.shape[0],), anchors)
+        return loss * anchor_weight.detach().to(loss.dtype)
+    total, weight = pixel_infonce_sum(
+        *inputs,
         temperature=temperature,
         variant=variant,
         self_index=self_index,
+        anchor_weight=anchor_weight,
         impl=impl,
-    )[0]
+    )
+    return total if reduction == "sum" else total / torch.where(weight > 0, weight, 1)
 
 
 def pixel_infonce_with_valid(
@@ -86,6 +103,47 @@ def pixel_infonce_with_valid(
     Returns (loss [M], valid [M] bool), so that `loss.sum() / valid.sum().clamp_min(1)` is the mean with no host
     synchronisation.
     """
+    arguments = _checked(anchors, candidates, anchor_labels, candidate_labels, self_index, temperature, variant)
+    loss, _, _, num_positives = _pixel_infonce(*arguments, temperature, variant, impl)
+    return loss, num_positives > 0
+
+
+def pixel_infonce_sum(
+    anchors: Tensor,
+    candidates: Tensor,
+    anchor_labels: Tensor,
+    candidate_labels: Tensor,
+    *,
+    temperature: float = 0.1,
+    variant: Variant = "per_positive",
+    self_index: Tensor | None = None,
+    anchor_weight: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of `pixel_infonce`, and the sum of the weights of the anchors that count, both [].
+
+    What a mean over several processes is made of. The gradients are computed here already, from the same logits, and
+    scaled in the backward pass.
+    """
+    arguments = _checked(anchors, candidates, anchor_labels, candidate_labels, self_index, temperature, variant)
+    if anchor_weight is not None:
+        check_tensor("anchor_weight", anchor_weight, "floating", (anchors.shape[0],), anchors)
+        anchor_weight = anchor_weight.detach()
+    needed = [torch.is_grad_enabled() and features.requires_grad for features in (anchors, candidates)]
+    total, weight, _, _ = _pixel_infonce_sum(*arguments, anchor_weight, temperature, variant, *needed, impl)
+    return total, weight
+
+
+def _checked(
+    anchors: Tensor,
+    candidates: Tensor,
+    anchor_labels: Tensor,
+    candidate_labels: Tensor,
+    self_index: Tensor | None,
+    temperature: float,
+    variant: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The tensors as the operators want them."""
     check_tensor("anchors", anchors, "floating", ("M", "D"))
     check_tensor("candidates", candidates, anchors.dtype, ("N", anchors.shape[1]), anchors)
     check_tensor("anchor_labels", anchor_labels, "integer", (anchors.shape[0],), anchors)
@@ -96,17 +154,7 @@ def pixel_infonce_with_valid(
     if not 0 < temperature < math.inf:
         raise ConfigError(f"temperature: expected a finite number above 0, got {temperature}")
     check_choice("variant", variant, ("per_positive", "supcon"))
-    loss, _, _, num_positives = _pixel_infonce(
-        anchors,
-        candidates,
-        anchor_labels.to(torch.int64),
-        candidate_labels.to(torch.int64),
-        self_index,
-        temperature,
-        variant,
-        impl,
-    )
-    return loss, num_positives > 0
+    return anchors, candidates, anchor_labels.to(torch.int64), candidate_labels.to(torch.int64), self_index
 
 
 # The operator returns, beside the loss, the state that the backward pass needs: reference.py defines it.
@@ -205,6 +253,96 @@ def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor
 _pixel_infonce.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
+# The gradients of the sum are outputs, in fp32 at least: their scale is not yet that of the loss.
+@torch.library.custom_op("cldf_fast::pixel_infonce_sum", mutates_args=())
+def _pixel_infonce_sum(
+    anchors: Tensor,
+    candidates: Tensor,
+    anchor_labels: Tensor,
+    candidate_labels: Tensor,
+    self_index: Tensor | None,
+    anchor_weight: Tensor | None,
+    temperature: float,
+    variant: str,
+    need_anchors: bool,
+    need_candidates: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = (anchors, candidates, anchor_labels, candidate_labels, self_index, anchor_weight, temperature, variant)
+    return _dispatch.run("pixel_infonce_sum", impl, *inputs, need_anchors, need_candidates)
+
+
+@_pixel_infonce_sum.register_fake
+def _(
+    anchors: Tensor,
+    candidates: Tensor,
+    anchor_labels: Tensor,
+    candidate_labels: Tensor,
+    self_index: Tensor | None,
+    anchor_weight: Tensor | None,
+    temperature: float,
+    variant: str,
+    need_anchors: bool,
+    need_candidates: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(anchors.dtype, torch.float32)
+    return (
+        anchors.new_empty((), dtype=dtype),
+        anchors.new_empty((), dtype=dtype),
+        anchors.new_empty(anchors.shape if need_anchors else 0, dtype=dtype),
+        candidates.new_empty(candidates.shape if need_candidates else 0, dtype=dtype),
+    )
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, weight, *gradients = output
+    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(*gradients)
+    ctx.mark_non_differentiable(weight, *gradients)
+    ctx.set_materialize_grads(False)
+
+
+def _scale_gradients(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    scaled = (
+        (grad_total * gradient).to(ctx.dtype) if grad_total is not None and needed else None
+        for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)
+    )
+    return *scaled, *(None for _ in ctx.needs_input_grad[2:])
+
+
+_pixel_infonce_sum.register_autograd(_scale_gradients, setup_context=_save_gradients)
+
+
+def _in_two_passes(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`pixel_infonce_sum` of a backend that has the two passes only."""
+
+    def run(
+        anchors: Tensor,
+        candidates: Tensor,
+        anchor_labels: Tensor,
+        candidate_labels: Tensor,
+        self_index: Tensor | None,
+        anchor_weight: Tensor | None,
+        temperature: float,
+        variant: str,
+        need_anchors: bool,
+        need_candidates: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        inputs = (anchors, candidates, anchor_labels, candidate_labels, self_index, temperature, variant)
+        loss, lse, weight, num_positives = forward(*inputs)
+        counted = (num_positives > 0).to(loss.dtype)
+        if anchor_weight is not None:
+            counted = counted * anchor_weight
+        gradients = loss.new_empty(0), loss.new_empty(0)
+        if need_anchors or need_candidates:
+            state = (counted, lse, weight, num_positives)
+            gradients = backward(*state, *inputs, need_anchors, need_candidates, dtype=loss.dtype)
+        return (loss * counted).sum(), counted.sum(), *gradients
+
+    return run
+
+
 def _cpu_objection(anchors: Tensor) -> str | None:
     if anchors.device.type != "cpu":
         return f"needs tensors on cpu, got them on {anchors.device}"
@@ -242,40 +380,53 @@ def _triton_forward(anchors: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, T
         return infonce.pixel_infonce(anchors, *arguments)
 
 
-def _triton_backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _triton_backward(grad_loss: Tensor, *arguments: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     from cldf_fast.kernels import infonce
 
     with torch.cuda.device_of(grad_loss):
-        return infonce.pixel_infonce_backward(grad_loss, *arguments)
+        return infonce.pixel_infonce_backward(grad_loss, *arguments, dtype=dtype)
 
 
-_dispatch.register("pixel_infonce", "reference", reference.pixel_infonce)
-_dispatch.register(
-    "pixel_infonce",
+def _register(
+    backend: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    total: Callable[..., Any],
+    objection: Callable[[Tensor], str | None] = lambda anchors: None,
+    available: Callable[[], str | None] = lambda: None,
+) -> None:
+    """The three operations on one backend; of their input, what matters to `objection` is the anchors."""
+
+    def of_first(anchors: Tensor, *_: Any) -> str | None:
+        return objection(anchors)
+
+    def of_fifth(grad: Tensor, lse: Tensor, weight: Tensor, count: Tensor, anchors: Tensor, *_: Any) -> str | None:
+        return objection(anchors)
+
+    _dispatch.register("pixel_infonce", backend, forward, serves=of_first, available=available)
+    _dispatch.register("pixel_infonce_backward", backend, backward, serves=of_fifth, available=available)
+    _dispatch.register("pixel_infonce_sum", backend, total, serves=of_first, available=available)
+
+
+_register(
+    "reference",
+    reference.pixel_infonce,
+    reference.pixel_infonce_backward,
+    _in_two_passes(reference.pixel_infonce, reference.pixel_infonce_backward),
+)
+_register(
     "triton",
     _triton_forward,
-    serves=lambda anchors, *_: _triton_objection(anchors),
-    available=_no_triton,
-)
-_dispatch.register(
-    "pixel_infonce_backward",
-    "triton",
     _triton_backward,
-    serves=lambda _loss, _lse, _weight, _count, anchors, *_: _triton_objection(anchors),
-    available=_no_triton,
+    _in_two_passes(_triton_forward, _triton_backward),
+    _triton_objection,
+    _no_triton,
 )
-_dispatch.register("pixel_infonce_backward", "reference", reference.pixel_infonce_backward)
-_dispatch.register(
-    "pixel_infonce",
+_register(
     "cpu",
     _infonce_cpu.pixel_infonce,
-    serves=lambda anchors, *_: _cpu_objection(anchors),
-    available=_native.no_operators,
-)
-_dispatch.register(
-    "pixel_infonce_backward",
-    "cpu",
     _infonce_cpu.pixel_infonce_backward,
-    serves=lambda _loss, _lse, _weight, _count, anchors, *_: _cpu_objection(anchors),
-    available=_native.no_operators,
+    _infonce_cpu.pixel_infonce_sum,
+    _cpu_objection,
+    _native.no_operators,
 )

@@ -137,8 +137,11 @@ def pixel_infonce_backward(
     variant: str,
     need_anchors: bool,
     need_candidates: bool,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the anchors and the candidates, in their dtype; one that is not needed is empty, [0]."""
+    """Gradients of the anchors and the candidates, in their dtype or in `dtype`; one not needed is empty, [0]."""
+    dtype = dtype or anchors.dtype
     positive, negative = _pairs(anchor_labels, candidate_labels, self_index)
     counts = num_positives > 0
     counted_anchors = _counted_rows(anchors, counts)
@@ -155,8 +158,8 @@ def pixel_infonce_backward(
     grad_logits = torch.where(counts.unsqueeze(1), grad_logits * grad_loss.unsqueeze(1) / temperature, 0)
     with _full_precision(anchors):
         return (
-            (grad_logits @ counted_candidates).to(anchors.dtype) if need_anchors else anchors.new_empty(0),
-            (grad_logits.T @ counted_anchors).to(candidates.dtype) if need_candidates else candidates.new_empty(0),
+            (grad_logits @ counted_candidates).to(dtype) if need_anchors else anchors.new_empty(0, dtype=dtype),
+            (grad_logits.T @ counted_anchors).to(dtype) if need_candidates else anchors.new_empty(0, dtype=dtype),
         )
 
 

@@ -1,24 +1,29 @@
-// Pixel InfoNCE on a tile of logits: what lies between the matrix products, which torch does.
+// Pixel InfoNCE on the CPU: forward, backward, or both in one sweep that computes the logits once.
 //
-// A tile holds the logits s of some anchors (rows) against some candidates (columns). Candidates are sorted by label,
-// so that an anchor's positives are one range of columns and everything else in its row is a negative. The formulas
-// and the state that is kept between the passes stand in cldf_fast/ops/reference.py.
+// A block of anchors is taken at a time, against all candidates. The block's logits are cut into tiles of candidates,
+// which the threads share. Results do not depend on how many threads there are: the cut into tiles is a matter of the
+// number of candidates alone, and what tiles contribute to an anchor is added in their order.
+//
+// The products are ours, not BLAS: the factors need no packing here, since a block's anchors stay in the fastest cache,
+// and without it these thin products run at the processor's peak, where torch's reach two thirds of it.
+//
+// The formulas, and the state (loss, lse, weight) that is kept between forward and backward, stand in
+// cldf_fast/ops/reference.py; the caller, cldf_fast/ops/_infonce_cpu.py, sorts.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
 
-#include "vector_math.h"
-
-// One clone of a function for each instruction set; the machine's best is picked when the library is loaded.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__)
-#define CLDF_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLDF_CLONES
-#endif
+#include "infonce_kernels.h"
 
 namespace {
 
@@ -27,167 +32,308 @@ using torch::stable::Tensor;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// One anchor's row: `columns` logits; positives are [positive_begin, positive_end); `self` is the column of the anchor
-// itself or -1. All are relative to the tile, and may lie outside of it.
-struct Row {
-  float* logits;
-  int64_t columns, positive_begin, positive_end, self;
+// Candidates whose logits against one block are held at once. With more of them every tile is computed twice.
+constexpr int64_t kHeld = 65536;
 
-  bool has_self() const { return self >= 0 && self < columns; }
-};
-
-int64_t clamp(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
-
-// Calls f(values, offset, count) for the vectors of columns [begin, end); lanes beyond `count` hold `rest`.
-template <class F>
-CLDF_INLINE void each_vector(const Row& row, int64_t begin, int64_t end, float rest, F f) {
-  int64_t at = begin;
-  for (; at + kLanes <= end; at += kLanes) f(load(row.logits + at), at, kLanes);
-  if (at < end) f(load_some(row.logits + at, end - at, rest), at, end - at);
+// The best instruction set that this machine has, or the one that CLDF_FAST_CPU_CAPABILITY names if it is as good.
+const InfonceKernels& choose_kernels() {
+#ifdef CLDF_X86
+  const char* variable = std::getenv("CLDF_FAST_CPU_CAPABILITY");
+  const std::string most = variable ? variable : "avx512";
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx512 && most == "avx512") return avx512::infonce_kernels;
+  if (avx2 && most != "baseline") return avx2::infonce_kernels;
+#endif
+  return baseline::infonce_kernels;
 }
 
-// Extends a running log-sum-exp, held as (maximum, sum of exp(s - maximum)), by columns [begin, end).
-CLDF_INLINE void extend(const Row& row, int64_t begin, int64_t end, float& maximum_, double& sum_) {
-  if (begin >= end) return;
-  Floats most = broadcast(-kInfinity);
-  each_vector(row, begin, end, -kInfinity, [&](Floats s, int64_t, int64_t) CLDF_LAMBDA { most = maximum(s, most); });
-  const float before = maximum_;
-  const float top = maximum(most);
-  if (top > before) {
-    sum_ *= std::exp(double(before) - double(top));
-    maximum_ = top;
-  }
-  if (maximum_ == -kInfinity) return;
-  const Floats shift = broadcast(maximum_);
-  Floats total{};
-  each_vector(row, begin, end, -kInfinity, [&](Floats s, int64_t, int64_t) CLDF_LAMBDA { total += exponential(s - shift); });
-  sum_ += sum(total);
+const InfonceKernels& kernels() {
+  static const InfonceKernels& chosen = choose_kernels();
+  return chosen;
 }
-
-CLDF_CLONES void denominator_row(const Row& row, bool with_positives, float& maximum_, double& sum_) {
-  // The anchor itself is in no sum: exp of minus infinity is 0.
-  if (row.has_self()) row.logits[row.self] = -kInfinity;
-  if (with_positives) {
-    extend(row, 0, row.columns, maximum_, sum_);
-    return;
-  }
-  extend(row, 0, clamp(row.positive_begin, 0, row.columns), maximum_, sum_);
-  extend(row, clamp(row.positive_end, 0, row.columns), row.columns, maximum_, sum_);
-}
-
-// Sums over the positives of softplus(lse - s) and sigmoid(lse - s). The tile has these columns only.
-CLDF_CLONES void positives_row(const Row& row, float lse, double& softplus_sum, double& sigmoid_sum) {
-  const Floats level = broadcast(lse);
-  Floats softplus{}, sigmoid{};
-  // At +infinity both functions vanish, so that the anchor itself and the lanes beyond the end count nothing.
-  if (row.has_self()) row.logits[row.self] = kInfinity;
-  const int64_t begin = clamp(row.positive_begin, 0, row.columns), end = clamp(row.positive_end, 0, row.columns);
-  each_vector(row, begin, end, kInfinity, [&](Floats s, int64_t, int64_t) CLDF_LAMBDA {
-    const Floats z = level - s, distance = z < 0.0f ? z : -z;
-    const Floats e = exponential(distance);
-    softplus += maximum(z, Floats{}) + log_one_plus(e);
-    sigmoid += (z < 0.0f ? e : broadcast(1.0f)) / (1.0f + e);
-  });
-  softplus_sum += sum(softplus);
-  sigmoid_sum += sum(sigmoid);
-}
-
-// Replaces the logits by d(grad . loss) / ds, without the part of "supcon" that is linear in s.
-CLDF_CLONES void gradient_row(const Row& row, bool supcon, float lse, float negative_factor, float positive_factor) {
-  if (row.has_self()) row.logits[row.self] = -kInfinity;
-  const Floats level = broadcast(lse);
-  const auto exponentials = [&](int64_t begin, int64_t end) CLDF_LAMBDA {
-    each_vector(row, begin, end, -kInfinity, [&](Floats s, int64_t at, int64_t count) CLDF_LAMBDA {
-      store_some(row.logits + at, negative_factor * exponential(s - level), count);
-    });
-  };
-  if (supcon) {
-    exponentials(0, row.columns);
-    return;
-  }
-  const int64_t begin = clamp(row.positive_begin, 0, row.columns), end = clamp(row.positive_end, 0, row.columns);
-  exponentials(0, begin);
-  each_vector(row, begin, end, kInfinity, [&](Floats s, int64_t at, int64_t count) CLDF_LAMBDA {
-    const Floats z = level - s, distance = z < 0.0f ? z : -z;
-    const Floats e = exponential(distance);
-    store_some(row.logits + at, positive_factor * (z < 0.0f ? e : broadcast(1.0f)) / (1.0f + e), count);
-  });
-  exponentials(end, row.columns);
-  if (row.has_self()) row.logits[row.self] = 0.0f;
-}
-
-// A tile [R, C] of contiguous rows and where each row's positives and the anchor itself are; `first` is the candidate
-// of column 0, which the int64 [R] bounds are counted from.
-struct Tile {
-  float* logits;
-  int64_t rows, columns, first;
-  const int64_t *positive_begin, *positive_end, *self;
-
-  Tile(const Tensor& tile, int64_t first_, const Tensor& begin, const Tensor& end, const Tensor& self_)
-      : logits(static_cast<float*>(tile.mutable_data_ptr())),
-        rows(tile.size(0)),
-        columns(tile.size(1)),
-        first(first_),
-        positive_begin(static_cast<const int64_t*>(begin.const_data_ptr())),
-        positive_end(static_cast<const int64_t*>(end.const_data_ptr())),
-        self(static_cast<const int64_t*>(self_.const_data_ptr())) {}
-
-  template <class F>
-  void each_row(F f) const {
-    // Some ten thousand logits a thread, so that waking it is worth its while.
-    const int64_t grain = columns > 0 ? 1 + 32768 / columns : rows;
-    torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        f(Row{logits + i * columns, columns, positive_begin[i] - first, positive_end[i] - first, self[i] - first}, i);
-    });
-  }
-};
 
 template <class T>
 T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-void infonce_denominator(Tensor tile, int64_t first, Tensor begin, Tensor end, Tensor self, bool with_positives,
-                         Tensor maximum_, Tensor sum_) {
-  float* maxima = data<float>(maximum_);
-  double* sums = data<double>(sum_);
-  Tile(tile, first, begin, end, self).each_row([&](const Row& row, int64_t i) {
-    denominator_row(row, with_positives, maxima[i], sums[i]);
-  });
+template <class T>
+T* data(const std::optional<Tensor>& tensor) {
+  return tensor ? data<T>(*tensor) : nullptr;
 }
 
-void infonce_positives(Tensor tile, int64_t first, Tensor begin, Tensor end, Tensor self, Tensor lse,
-                       Tensor softplus_sum, Tensor sigmoid_sum) {
-  const float* levels = data<float>(lse);
-  double *softplus = data<double>(softplus_sum), *sigmoid = data<double>(sigmoid_sum);
-  Tile(tile, first, begin, end, self).each_row([&](const Row& row, int64_t i) {
-    positives_row(row, levels[i], softplus[i], sigmoid[i]);
-  });
-}
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-void infonce_gradient(Tensor tile, int64_t first, Tensor begin, Tensor end, Tensor self, bool supcon, Tensor lse,
-                      Tensor negative_factor, Tensor positive_factor) {
-  const float *levels = data<float>(lse), *negative = data<float>(negative_factor),
-              *positive = data<float>(positive_factor);
-  Tile(tile, first, begin, end, self).each_row([&](const Row& row, int64_t i) {
-    gradient_row(row, supcon, levels[i], negative[i], positive[i]);
-  });
+// Everything that a sweep reads and writes; see the schema below.
+struct Problem {
+  int64_t count, candidates, dim, padded;  // m, n, D, D'
+  const float* anchor_values;
+  const int64_t* rows;
+  const int32_t* row_class;
+  const int64_t* own;
+  const int64_t* num_positives;
+  const float* candidate_values;
+  const int32_t* column_class;
+  float temperature;
+  bool supcon, forward;
+  double *loss, *lse, *weight;
+  const float* grad;
+  float *grad_anchors, *grad_candidates;
+};
+
+class Sweep {
+ public:
+  explicit Sweep(const Problem& problem)
+      : p_(problem),
+        // Some sixteen tiles, of shapes that a matrix product likes: fewer candidates meet larger blocks of anchors.
+        tile_rows_(std::clamp(ceil_div(p_.candidates, 16 * 64) * 64, int64_t{64}, int64_t{1024})),
+        width_(kGroup * std::clamp(std::min(8192 / std::max(p_.candidates, int64_t{1}), ceil_div(p_.count, kGroup)),
+                                   int64_t{1}, int64_t{8})),
+        held_(std::min(p_.candidates, kHeld)),
+        tiles_(ceil_div(held_, tile_rows_)),
+        logits_(new float[held_ * width_]),
+        anchors_(width_ * p_.padded),
+        transposed_(p_.dim * width_),
+        classes_(width_),
+        own_(width_),
+        level_(width_),
+        top_(tiles_ * width_),
+        sums_(tiles_ * width_),
+        more_sums_(tiles_ * width_),
+        partial_(p_.grad_anchors ? tiles_ * width_ * p_.padded : 0),
+        gradient_(p_.grad_anchors ? width_ * p_.padded : 0) {}
+
+  void run() {
+    for (first_ = 0; first_ < p_.count; first_ += width_) {
+      gather();
+      if (p_.forward) forward();
+      if (p_.grad) backward();
+    }
+  }
+
+ private:
+  int64_t valid() const { return std::min(width_, p_.count - first_); }
+
+  // The block's anchors, over the temperature. Lanes beyond the last one are zero and of no class.
+  void gather() {
+    const float inverse = 1.0f / p_.temperature;
+    for (int64_t i = 0; i < width_; ++i) {
+      const bool inside = i < valid();
+      classes_[i] = inside ? p_.row_class[first_ + i] : -1;
+      own_[i] = inside ? p_.own[first_ + i] : -1;
+      const float* from = inside ? p_.anchor_values + p_.rows[first_ + i] * p_.dim : nullptr;
+      for (int64_t d = 0; d < p_.dim; ++d)
+        anchors_[i * p_.padded + d] = transposed_[d * width_ + i] = inside ? from[d] * inverse : 0.0f;
+    }
+  }
+
+  struct Tile {
+    int64_t index, first, rows;  // first: its first candidate
+    float* values;
+  };
+
+  int64_t tiles_of(int64_t chunk) const { return ceil_div(std::min(held_, p_.candidates - chunk), tile_rows_); }
+
+  // Calls f(tile) for all tiles of the candidates from `chunk` on that are held together, the threads sharing them.
+  template <class F>
+  void each_tile(int64_t chunk, F f) {
+    const int64_t held = std::min(held_, p_.candidates - chunk);
+    torch::stable::parallel_for(0, tiles_of(chunk), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t offset = t * tile_rows_;
+        f(Tile{t, chunk + offset, std::min(tile_rows_, held - offset), logits_.get() + offset * width_});
+      }
+    });
+  }
+
+  // How many of the block's lanes have to be computed.
+  int64_t lanes() const { return ceil_div(valid(), kGroup) * kGroup; }
+
+  // Calls f(columns, offset) for the groups of a tile; offset: of the group's first anchor in the block.
+  template <class F>
+  void each_group(const Tile& tile, F f) {
+    for (int64_t at = 0; at < lanes(); at += kGroup)
+      f(Columns{tile.values + at, width_, tile.rows, p_.column_class + tile.first, classes_.data() + at}, at);
+  }
+
+  // Puts a value where a candidate of the tile is the anchor itself, for those that are among their own positives, or
+  // not among them.
+  void set_own(const Tile& tile, float among_positives, float among_negatives) {
+    for (int64_t i = 0; i < valid(); ++i) {
+      const int64_t row = own_[i] - tile.first;
+      if (own_[i] < 0 || row < 0 || row >= tile.rows) continue;
+      tile.values[row * width_ + i] = p_.column_class[own_[i]] == classes_[i] ? among_positives : among_negatives;
+    }
+  }
+
+  // The tile's logits, then the terms of its denominator in their place; positive_sums [tiles, width] or null.
+  void compute(const Tile& tile, double* positive_sums) {
+    kernels().multiply({candidates(tile), p_.padded, 1}, transposed_.data(), width_, tile.values, width_, tile.rows,
+                       p_.dim, lanes(), false);
+    const int64_t at = tile.index * width_;
+    if (positive_sums) {
+      set_own(tile, 0.0f, 0.0f);
+      std::fill_n(positive_sums + at, width_, 0.0);
+      each_group(tile, [&](const Columns& columns, int64_t i) { kernels().add_positives(columns, positive_sums + at + i); });
+    }
+    // The anchor itself is in no sum: at minus infinity the exponential vanishes, at plus infinity softplus and sigmoid.
+    set_own(tile, p_.supcon ? -kInfinity : kInfinity, -kInfinity);
+    std::fill_n(sums_.data() + at, width_, 0.0);
+    each_group(tile, [&](const Columns& columns, int64_t i) {
+      kernels().exponentiate(columns, !p_.supcon, top_.data() + at + i, sums_.data() + at + i);
+    });
+  }
+
+  void compare(const Tile& tile) {
+    const int64_t at = tile.index * width_;
+    std::fill_n(sums_.data() + at, width_, 0.0);
+    std::fill_n(more_sums_.data() + at, width_, 0.0);
+    each_group(tile, [&](const Columns& columns, int64_t i) {
+      kernels().compare_positives(columns, level_.data() + i, sums_.data() + at + i, more_sums_.data() + at + i);
+    });
+  }
+
+  bool all_held() const { return p_.candidates <= held_; }
+
+  void forward() {
+    std::vector<double> top(width_, -double(kInfinity)), sum(width_, 0.0), positive_sum(width_, 0.0);
+    for (int64_t chunk = 0; chunk < p_.candidates; chunk += held_) {
+      each_tile(chunk, [&](const Tile& tile) { compute(tile, p_.supcon ? more_sums_.data() : nullptr); });
+      each_part(chunk, [&](int64_t part, int64_t i) {
+        const double before = top[i], now = top_[part];
+        if (now > before) {
+          top[i] = now;
+          sum[i] *= std::exp(before - now);
+        }
+        // A tile without any term of the denominator has added nothing, unless it is NaN.
+        sum[i] += now == -kInfinity ? sums_[part] : sums_[part] * std::exp(now - top[i]);
+        positive_sum[i] += p_.supcon ? more_sums_[part] : 0.0;
+      });
+    }
+    std::vector<double> softplus(width_, 0.0), sigmoid(width_, 0.0);
+    for (int64_t i = 0; i < valid(); ++i) p_.lse[first_ + i] = std::log(sum[i]) + top[i];
+    if (!p_.supcon) {
+      read_level();
+      for (int64_t chunk = 0; chunk < p_.candidates; chunk += held_) {
+        each_tile(chunk, [&](const Tile& tile) {
+          if (!all_held()) compute(tile, nullptr);
+          compare(tile);
+        });
+        each_part(chunk, [&](int64_t part, int64_t i) {
+          softplus[i] += sums_[part];
+          sigmoid[i] += more_sums_[part];
+        });
+      }
+    }
+    for (int64_t i = 0; i < valid(); ++i) {
+      const int64_t row = first_ + i;
+      const double positives = double(p_.num_positives[row]);
+      p_.loss[row] = p_.supcon ? p_.lse[row] - positive_sum[i] / positives : softplus[i] / positives;
+      p_.weight[row] = p_.supcon ? 1.0 : sigmoid[i] / positives;
+    }
+  }
+
+  // Calls f(part, anchor) for what every tile has found out about every anchor, tile by tile.
+  template <class F>
+  void each_part(int64_t chunk, F f) {
+    for (int64_t t = 0; t < tiles_of(chunk); ++t)
+      for (int64_t i = 0; i < valid(); ++i) f(t * width_ + i, i);
+  }
+
+  void read_level() {
+    for (int64_t i = 0; i < width_; ++i) level_[i] = i < valid() ? float(p_.lse[first_ + i]) : 0.0f;
+  }
+
+  // After a forward pass that held all logits what it left is still there.
+  void backward() {
+    read_level();
+    const bool left = p_.forward && all_held();
+    std::fill(gradient_.begin(), gradient_.end(), 0.0f);
+    for (int64_t chunk = 0; chunk < p_.candidates; chunk += held_) {
+      each_tile(chunk, [&](const Tile& tile) {
+        if (!left) {
+          compute(tile, nullptr);
+          if (!p_.supcon) compare(tile);
+        }
+        differentiate(tile);
+      });
+      if (p_.grad_anchors) collect(chunk);
+    }
+    if (!p_.grad_anchors) return;
+    for (int64_t i = 0; i < valid(); ++i)
+      for (int64_t d = 0; d < p_.dim; ++d)
+        p_.grad_anchors[p_.rows[first_ + i] * p_.dim + d] = gradient_[i * p_.padded + d] / p_.temperature;
+  }
+
+  // Adds what the tiles have contributed to the gradient of the anchors, in the tiles' order.
+  void collect(int64_t chunk) {
+    const int64_t size = width_ * p_.padded;
+    torch::stable::parallel_for(0, valid() * p_.padded, 2048, [&](int64_t begin, int64_t end) {
+      for (int64_t t = 0; t < tiles_of(chunk); ++t)
+        for (int64_t at = begin; at < end; ++at) gradient_[at] += partial_[t * size + at];
+    });
+  }
+
+  void differentiate(const Tile& tile) {
+    std::vector<float> push(width_, 0.0f), pull(width_, 0.0f);
+    for (int64_t i = 0; i < valid(); ++i) {
+      const int64_t row = first_ + i;
+      const double scale = std::exp(double(top_[tile.index * width_ + i]) - p_.lse[row]);
+      push[i] = float(p_.grad[row] * p_.weight[row] * scale);
+      pull[i] = p_.grad[row] / float(p_.num_positives[row]);
+    }
+    each_group(tile, [&](const Columns& columns, int64_t i) { kernels().weigh(columns, !p_.supcon, &push[i], &pull[i]); });
+    if (p_.supcon) set_own(tile, 0.0f, 0.0f);
+    if (p_.grad_candidates)
+      kernels().multiply({tile.values, width_, 1}, anchors_.data(), p_.padded,
+                         p_.grad_candidates + tile.first * p_.padded, p_.padded, tile.rows, valid(), p_.padded, true);
+    if (p_.grad_anchors)
+      kernels().multiply({tile.values, 1, width_}, candidates(tile), p_.padded,
+                         partial_.data() + tile.index * width_ * p_.padded, p_.padded, valid(), tile.rows, p_.padded,
+                         false);
+  }
+
+  const float* candidates(const Tile& tile) const { return p_.candidate_values + tile.first * p_.padded; }
+
+  const Problem p_;
+  const int64_t tile_rows_, width_, held_, tiles_;
+  int64_t first_ = 0;  // the block's first anchor
+  // [held, width], and what tiles find out about anchors, [tiles, width].
+  std::unique_ptr<float[]> logits_;
+  std::vector<float> anchors_, transposed_;  // [width, D'], [D, width]
+  std::vector<int32_t> classes_;
+  std::vector<int64_t> own_;
+  std::vector<float> level_, top_;
+  std::vector<double> sums_, more_sums_;
+  std::vector<float> partial_, gradient_;  // [tiles, width, D'], [width, D']
+};
+
+void infonce_sweep(Tensor anchors, Tensor rows, Tensor row_class, Tensor own, Tensor num_positives, Tensor candidates,
+                   Tensor column_class, double temperature, bool supcon, bool forward, Tensor loss, Tensor lse,
+                   Tensor weight, std::optional<Tensor> grad, std::optional<Tensor> grad_anchors,
+                   std::optional<Tensor> grad_candidates) {
+  Sweep({rows.size(0), candidates.size(0), anchors.size(1), candidates.size(1), data<float>(anchors), data<int64_t>(rows),
+         data<int32_t>(row_class), data<int64_t>(own), data<int64_t>(num_positives), data<float>(candidates),
+         data<int32_t>(column_class), float(temperature), supcon, forward, data<double>(loss), data<double>(lse),
+         data<double>(weight), data<float>(grad), data<float>(grad_anchors), data<float>(grad_candidates)})
+      .run();
 }
 
 }  // namespace
 
+// All tensors contiguous. m anchors count; they are sorted by class, as are the n candidates.
+//   anchors float32 [M, D]; rows int64 [m], those that count; row_class int32 [m]
+//   own int64 [m], the candidate that is the anchor itself or -1; num_positives int64 [m]
+//   candidates float32 [n, D'], D' the next multiple of 16 and zeros beyond D; column_class int32 [n]
+//   loss, lse, weight float64 [m]: written with `forward`, otherwise lse and weight are read
+//   grad float32 [m], the gradient of each loss; without it no gradient is computed
+//   grad_anchors float32 [M, D], of which the rows that count are written; grad_candidates float32 [n, D'], added to
 STABLE_TORCH_LIBRARY_FRAGMENT(cldf_fast, m) {
-  m.def("infonce_denominator(Tensor(a!) tile, int first, Tensor begin, Tensor end, Tensor self, bool with_positives, "
-        "Tensor(b!) maximum, Tensor(c!) sum) -> ()");
-  m.def("infonce_positives(Tensor(a!) tile, int first, Tensor begin, Tensor end, Tensor self, Tensor lse, "
-        "Tensor(b!) softplus_sum, Tensor(c!) sigmoid_sum) -> ()");
-  m.def("infonce_gradient(Tensor(a!) tile, int first, Tensor begin, Tensor end, Tensor self, bool supcon, Tensor lse, "
-        "Tensor negative_factor, Tensor positive_factor) -> ()");
+  m.def("infonce_sweep(Tensor anchors, Tensor rows, Tensor row_class, Tensor own, Tensor num_positives, "
+        "Tensor candidates, Tensor column_class, float temperature, bool supcon, bool forward, Tensor(a!) loss, "
+        "Tensor(b!) lse, Tensor(c!) weight, Tensor? grad, Tensor(d!)? grad_anchors, Tensor(e!)? grad_candidates) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(cldf_fast, CPU, m) {
-  m.impl("infonce_denominator", TORCH_BOX(&infonce_denominator));
-  m.impl("infonce_positives", TORCH_BOX(&infonce_positives));
-  m.impl("infonce_gradient", TORCH_BOX(&infonce_gradient));
-}
+STABLE_TORCH_LIBRARY_IMPL(cldf_fast, CPU, m) { m.impl("infonce_sweep", TORCH_BOX(&infonce_sweep)); }

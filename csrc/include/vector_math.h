@@ -1,19 +1,29 @@
-// Sixteen floats at a time, in GCC's and Clang's vector extension: the compiler lowers each operation to whatever the
-// enclosing function's target has (one AVX-512 register, two of AVX2, four of SSE or NEON).
-// Everything is inlined into its caller, so that a function with a target attribute gets its instructions here too.
+// Vectors of floats in GCC's and Clang's vector extension, as wide as a register of the instruction set that this file
+// is compiled for. Sources that include it are compiled once for each instruction set and may include nothing that
+// emits functions of the standard library: the linker would keep one copy for all machines.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-namespace cldf_fast {
+// A namespace of its own for every instruction set, given on the command line.
+#ifndef CLDF_ISA
+#error "CLDF_ISA is not defined: see setup.py"
+#endif
+
+namespace cldf_fast::CLDF_ISA {
 
 #define CLDF_INLINE inline __attribute__((always_inline))
-// For a lambda, between its parameters and its body: outside of its caller it would get the plain instructions.
-#define CLDF_LAMBDA __attribute__((always_inline))
 
+#if defined(__AVX512F__)
 constexpr int64_t kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
+
 typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
@@ -27,30 +37,7 @@ CLDF_INLINE Floats load(const float* from) {
 
 CLDF_INLINE void store(float* to, Floats values) { std::memcpy(to, &values, sizeof(values)); }
 
-// The first `count` floats; the other lanes are `rest`.
-CLDF_INLINE Floats load_some(const float* from, int64_t count, float rest) {
-  Floats values = broadcast(rest);
-  std::memcpy(&values, from, count * sizeof(float));
-  return values;
-}
-
-CLDF_INLINE void store_some(float* to, Floats values, int64_t count) { std::memcpy(to, &values, count * sizeof(float)); }
-
 CLDF_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
-CLDF_INLINE Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
-
-// Lanes are combined in a fixed order, so that a sum is the same in every run.
-CLDF_INLINE float sum(Floats values) {
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) values[i] += values[i + width];
-  return values[0];
-}
-
-CLDF_INLINE float maximum(Floats values) {
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) values[i] = values[i] > values[i + width] ? values[i] : values[i + width];
-  return values[0];
-}
 
 // exp(x) for x <= 88, within 2 units in the last place; 0 below -87.3 (minus infinity too); NaN stays NaN.
 // exp(x) = 2^n exp(r) with r = x - n ln 2, |r| <= ln(2) / 2, by the polynomial of Cephes (S. Moshier).
@@ -83,4 +70,4 @@ CLDF_INLINE Floats log_one_plus(Floats x) {
   return 2.0f * r * p;
 }
 
-}  // namespace cldf_fast
+}  // namespace cldf_fast::CLDF_ISA

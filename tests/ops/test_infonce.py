@@ -111,7 +111,66 @@ def test_gradients_are_those_of_the_loss(m, n, d, variant):
     def loss(anchors, candidates):
         return pixel_infonce(anchors, candidates, *labels, temperature=0.3, variant=variant, self_index=self_index)
 
-    assert torch.autograd.gradcheck(loss, (anchors.requires_grad_(), candidates.requires_grad_()))
+    def mean(anchors, candidates):
+        return pixel_infonce(
+            anchors,
+            candidates,
+            *labels,
+            temperature=0.3,
+            variant=variant,
+            self_index=self_index,
+            anchor_weight=weight,
+            reduction="mean",
+        )
+
+    weight = torch.rand(m, dtype=torch.float64)
+    for function in (loss, mean):
+        assert torch.autograd.gradcheck(function, (anchors.requires_grad_(), candidates.requires_grad_()))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_reductions_are_those_of_the_single_losses(impl, variant):
+    anchors, candidates, *labels = case(20, 30, 6, torch.float32)
+    features = [anchors.requires_grad_(), candidates.requires_grad_()]
+    weight = torch.rand(20)
+
+    def reduced(reduction, weight):
+        options = {"anchor_weight": weight, "reduction": reduction, "variant": variant, "impl": impl}
+        return pixel_infonce(*features, *labels, **options)
+
+    losses, valid = pixel_infonce_with_valid(*features, *labels, variant=variant, impl=impl)
+    for w, factor in ((None, torch.ones(20)), (weight, weight)):
+        expected = {"none": losses * factor, "sum": (losses * factor).sum()}
+        expected["mean"] = expected["sum"] / (factor * valid).sum()
+        for reduction, wanted in expected.items():
+            found = reduced(reduction, w)
+            torch.testing.assert_close(found, wanted)
+            gradients = (torch.autograd.grad(x.sum(), features, retain_graph=True) for x in (found, wanted))
+            for ours, theirs in zip(*gradients, strict=True):
+                torch.testing.assert_close(ours, theirs)
+
+
+def test_a_mean_over_nothing_is_a_connected_zero():
+    anchors, candidates, *labels = case(5, 9, 4)
+    anchors.requires_grad_()
+    for weight, anchor_labels in ((torch.zeros(5), labels[0].clamp_min(0)), (None, torch.full((5,), -1))):
+        options = {"anchor_weight": weight, "reduction": "mean"}
+        loss = pixel_infonce(anchors, candidates, anchor_labels, labels[1].clamp_min(0), **options)
+        assert float(loss.detach()) == 0
+        assert not torch.autograd.grad(loss, anchors)[0].any()
+
+
+def test_large_half_precision_gradients_of_a_sum_do_not_overflow():
+    """The gradient of the sum is beyond float16, that of the mean is not."""
+    anchors = torch.ones(3000, 1, dtype=torch.float16)
+    candidates = torch.tensor([[0.0], [1.0]], dtype=torch.float16, requires_grad=True)
+    labels = torch.zeros(3000, dtype=torch.int64)
+    for impl in ("auto", "reference"):
+        options = {"temperature": 0.02, "reduction": "mean", "impl": impl}
+        loss = pixel_infonce(anchors, candidates, labels, torch.tensor([0, 1]), **options)
+        (gradient,) = torch.autograd.grad(loss, candidates)
+        torch.testing.assert_close(gradient, torch.tensor([[-50.0], [50.0]], dtype=torch.float16))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -301,6 +360,13 @@ GOOD = {
         ({"temperature": 0.0}, ConfigError, "temperature: expected a finite number above 0, got 0.0"),
         ({"temperature": math.nan}, ConfigError, "temperature"),
         ({"temperature": math.inf}, ConfigError, "temperature"),
+        (
+            {"anchor_weight": torch.zeros(3)},
+            DataError,
+            r"anchor_weight: expected floating \[2\] on cpu, got float32 \[3\]",
+        ),
+        ({"anchor_weight": torch.zeros(2).long(), "reduction": "sum"}, DataError, "anchor_weight: expected floating"),
+        ({"reduction": "average"}, ConfigError, "reduction: expected one of none, mean, sum, got 'average'"),
         ({"variant": "clip"}, ConfigError, "variant: expected one of per_positive, supcon, got 'clip'"),
         ({"impl": "fastest"}, BackendError, "impl: expected auto or one of .*, got 'fastest'"),
     ],
@@ -311,7 +377,7 @@ def test_bad_arguments_are_named(change, error, message):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_operators_are_registered_rightly(variant, dtype):
     anchors, candidates, *labels = case(5, 9, 4, dtype)
     for self_index in (None, torch.tensor([0, -1, 2, 3, 8])):
@@ -323,14 +389,23 @@ def test_operators_are_registered_rightly(variant, dtype):
     loss, *state = torch.ops.cldf_fast.pixel_infonce(anchors, candidates, *labels, None, 0.1, variant, "auto")
     arguments = (torch.ones_like(loss), *state, anchors, candidates, *labels, None, 0.1, variant, True, False, "auto")
     opcheck(torch.ops.cldf_fast.pixel_infonce_backward.default, arguments)
+    for impl in ("auto", "reference"):
+        for need in ((True, True), (False, True), (False, False)):
+            features = [
+                x.detach().requires_grad_(needed) for x, needed in zip((anchors, candidates), need, strict=True)
+            ]
+            arguments = (*features, *labels, None, torch.rand(5), 0.1, variant, *need, impl)
+            opcheck(torch.ops.cldf_fast.pixel_infonce_sum.default, arguments)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_compiles_into_one_graph_with_its_gradient(variant):
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_compiles_into_one_graph_with_its_gradient(reduction, variant):
     def mean(anchors, candidates, anchor_labels, candidate_labels):
-        loss, valid = pixel_infonce_with_valid(
-            anchors, candidates, anchor_labels, candidate_labels, variant=variant, self_index=None
-        )
+        inputs = (anchors, candidates, anchor_labels, candidate_labels)
+        if reduction == "mean":
+            return pixel_infonce(*inputs, variant=variant, reduction=reduction)
+        loss, valid = pixel_infonce_with_valid(*inputs, variant=variant, self_index=None)
         return loss.sum() / valid.sum().clamp_min(1)
 
     compiled = torch.compile(mean, fullgraph=True, backend="aot_eager", dynamic=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cldf_fast.errors import BackendError
-from cldf_fast.ops import _dispatch, backend_report, pixel_infonce, pixel_infonce_with_valid
+from cldf_fast.ops import _dispatch, backend_report, pixel_infonce, pixel_infonce_sum, pixel_infonce_with_valid
 
 VARIANTS = ("per_positive", "supcon")
 HALF = (torch.bfloat16, torch.float16)
@@ -61,18 +61,28 @@ def compare(
     tolerance: float,
     **options: object,
 ) -> None:
-    """Loss, valid and gradients under a random weight per anchor."""
+    """Loss, valid and gradients under a random weight per anchor, in two passes and in the one of a weighted sum."""
     weight = torch.randn(len(anchors), dtype=torch.float64)
+    labels = (anchor_labels, candidate_labels)
     results = []
     for dtype, backend in ((torch.float64, "reference"), (anchors.dtype, impl)):
         features = [x.detach().to(dtype).requires_grad_() for x in (anchors, candidates)]
-        loss, valid = pixel_infonce_with_valid(*features, anchor_labels, candidate_labels, impl=backend, **options)
+        loss, valid = pixel_infonce_with_valid(*features, *labels, impl=backend, **options)
         gradients = torch.autograd.grad((loss * weight.to(loss.dtype)).sum(), features)
         results.append((loss.detach(), valid, *gradients))
     exact, found = results
     assert torch.equal(found[1], exact[1])
     assert found[0].dtype == torch.float32
-    for at, name in ((0, "loss"), (2, "anchors"), (3, "candidates")):
+    total, count = pixel_infonce_sum(*features, *labels, anchor_weight=weight.float(), impl=impl, **options)
+    assert total.dtype == torch.float32
+    found = (*found, total.detach(), count, *torch.autograd.grad(-3 * total, features))
+    counted = weight * exact[1]
+    # What cancels in a sum leaves its rounding behind.
+    margin = tolerance * float((exact[0] * counted).abs().sum())
+    assert float(found[4]) == pytest.approx(float((exact[0] * counted).sum()), abs=margin)
+    assert float(found[5]) == pytest.approx(float(counted.sum()), abs=1e-6 * float(counted.abs().sum()))
+    exact = (*exact, None, None, -3 * exact[2], -3 * exact[3])
+    for at, name in ((0, "loss"), (2, "anchors"), (3, "candidates"), (6, "anchors, sum"), (7, "candidates, sum")):
         ours, theirs = found[at], exact[at]
         assert ours.isfinite().all(), name
         assert relative(ours, theirs) < tolerance, f"{name}: {relative(ours, theirs):.1e}"
@@ -218,18 +228,66 @@ def test_a_backward_pass_goes_on_from_another_backend_s_state(impl: str, variant
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_gradient_alone_is_the_same(impl: str, variant: str) -> None:
+    inputs = drawn(*sized(impl, 60, 507), 24, 3)
+    both = [x.requires_grad_() for x in inputs[:2]]
+    expected = torch.autograd.grad(pixel_infonce(*inputs, variant=variant, reduction="mean", impl=impl), both)
+    for at in (0, 1):
+        features = [x.detach() for x in both]
+        features[at].requires_grad_()
+        loss = pixel_infonce(*features, *inputs[2:], variant=variant, reduction="mean", impl=impl)
+        assert torch.equal(torch.autograd.grad(loss, features[at])[0], expected[at])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_more_candidates_than_are_held_at_once(variant: str) -> None:
+    if backend_report()["pixel_infonce"]["cpu"] != "serving":
+        pytest.skip("the compiled extension is absent")
+    inputs = drawn(70, 70_001, 3, 3)
+    compare("cpu", *inputs, self_index=torch.randint(-1, 70_001, (70,)), variant=variant, tolerance=1e-5)
+
+
+def test_the_number_of_threads_does_not_matter() -> None:
+    if backend_report()["pixel_infonce"]["cpu"] != "serving":
+        pytest.skip("the compiled extension is absent")
+    inputs = drawn(200, 3000, 20, 3)
+    features = [x.requires_grad_() for x in inputs[:2]]
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            loss = pixel_infonce(*inputs, reduction="sum", impl="cpu")
+            results.append((loss, *torch.autograd.grad(loss, features)))
+    finally:
+        torch.set_num_threads(threads)
+    for one, *others in zip(*results, strict=True):
+        assert all(torch.equal(one, other) for other in others)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("CLDF_FAST_CPU_CAPABILITY" in os.environ, reason="this is one of the lesser instruction sets")
+@pytest.mark.parametrize("capability", ["baseline", "avx2"])
+def test_lesser_instruction_sets(capability: str) -> None:
+    """The tests of `cpu` once more, as on a machine that has no more than these instructions."""
+    run_again({"CLDF_FAST_CPU_CAPABILITY": capability}, "cpu and not lesser")
+
+
+def run_again(environment: dict[str, str], selection: str) -> None:
+    """The selected tests of this module, in a process with these environment variables from the start."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", selection]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert " passed" in done.stdout
+    assert "failed" not in done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the interpreter")
 def test_triton_under_its_interpreter() -> None:
     """The tests above once more, in a process whose kernels are interpreted from the start."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "triton"]
-    done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert " passed" in done.stdout
-    assert "failed" not in done.stdout
+    run_again({"TRITON_INTERPRET": "1"}, "triton")
 
 
 def test_a_million_candidates_need_no_matrix() -> None:

@@ -1,0 +1,60 @@
+// What cpu/infonce.cpp has done by cpu/simd/infonce.cpp, which is compiled once for each instruction set.
+
+#pragma once
+
+#include <cstdint>
+
+namespace cldf_fast {
+
+// Anchors that are processed together: widths of tiles are multiples of it.
+constexpr int64_t kGroup = 64;
+
+// The columns of a tile that belong to one group of anchors: `rows` candidates, `stride` floats from one to the next.
+struct Columns {
+  float* values;
+  int64_t stride, rows;
+  const int32_t* row_class;
+  const int32_t* lane_class;  // [kGroup]
+};
+
+// A factor of a matrix product in any layout.
+struct Factor {
+  const float* values;
+  int64_t row_stride, depth_stride;
+};
+
+struct InfonceKernels {
+  // out[r, l] = sum over k of x[r, k] y[k, l], or with `add` that much more; rows of y and of out are contiguous, and
+  // `lanes` is a multiple of 16.
+  void (*multiply)(const Factor& x, const float* y, int64_t y_stride, float* out, int64_t out_stride, int64_t rows,
+                   int64_t depth, int64_t lanes, bool add);
+
+  // Adds the logits of the positives to positive_sum [kGroup].
+  void (*add_positives)(const Columns& tile, double* positive_sum);
+
+  // Replaces each logit s of the denominator by exp(s - top) and adds these to sum [kGroup]; top [kGroup] is the largest
+  // of them, minus infinity where there is none. With keep_positives these are no part of the denominator and stay as
+  // they are.
+  void (*exponentiate)(const Columns& tile, bool keep_positives, float* top, double* sum);
+
+  // Replaces the logits s of the positives by sigmoid(lse - s), and adds these to sigmoid_sum and softplus(lse - s) to
+  // softplus_sum, both [kGroup].
+  void (*compare_positives)(const Columns& tile, const float* lse, double* softplus_sum, double* sigmoid_sum);
+
+  // Replaces what the functions above left by the gradient of the logits: push [kGroup] times each term of the
+  // denominator. From the positives pull [kGroup] is subtracted; with kept_positives, minus pull times what stands there
+  // is put.
+  void (*weigh)(const Columns& tile, bool kept_positives, const float* push, const float* pull);
+};
+
+namespace baseline {
+extern const InfonceKernels infonce_kernels;
+}
+namespace avx2 {
+extern const InfonceKernels infonce_kernels;
+}
+namespace avx512 {
+extern const InfonceKernels infonce_kernels;
+}
+
+}  // namespace cldf_fast

@@ -1,0 +1,236 @@
+// The arithmetic of pixel InfoNCE on tiles of logits, [candidates, anchors]: the lanes of a vector are anchors, so that
+// sums over candidates need no shuffles, and candidates are sorted by class, so that one comparison of lanes serves all
+// candidates of a class.
+
+#include "../infonce_kernels.h"
+
+#include "vector_math.h"
+
+namespace cldf_fast::CLDF_ISA {
+namespace {
+
+constexpr float kInfinity = __builtin_inff();
+
+// Rows whose terms are added in float32 before the sum goes on in float64.
+constexpr int64_t kFloatRows = 128;
+// Vectors that a pass over a tile takes along: with their sums and whatever an exponential needs they fill the registers.
+constexpr int64_t kWide = 4;
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// --- Matrix product ---------------------------------------------------------------------------------------------------
+
+// A product's block in registers: as many accumulators as leave room for a row of y and a value of x.
+#if defined(__AVX512F__)
+constexpr int kBlockRows = 6, kBlockVectors = 4;
+#elif defined(__AVX2__)
+constexpr int kBlockRows = 6, kBlockVectors = 2;
+#else
+constexpr int kBlockRows = 4, kBlockVectors = 2;
+#endif
+
+template <int kRows, int kVectors>
+CLDF_INLINE void multiply_block(const Factor& x, const float* y, int64_t y_stride, float* out, int64_t out_stride,
+                                int64_t depth, bool add) {
+  Floats sum[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = add ? load(out + r * out_stride + v * kLanes) : Floats{};
+  for (int64_t k = 0; k < depth; ++k) {
+    Floats right[kVectors];
+    for (int v = 0; v < kVectors; ++v) right[v] = load(y + k * y_stride + v * kLanes);
+    for (int r = 0; r < kRows; ++r) {
+      const Floats left = broadcast(x.values[r * x.row_stride + k * x.depth_stride]);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += left * right[v];
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) store(out + r * out_stride + v * kLanes, sum[r][v]);
+}
+
+// The last rows, fewer than a block has.
+template <int kRows, int kVectors>
+CLDF_INLINE void multiply_rest(const Factor& x, const float* y, int64_t y_stride, float* out, int64_t out_stride,
+                               int64_t rows, int64_t depth, bool add) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows)
+      multiply_block<kRows, kVectors>(x, y, y_stride, out, out_stride, depth, add);
+    else
+      multiply_rest<kRows - 1, kVectors>(x, y, y_stride, out, out_stride, rows, depth, add);
+  }
+}
+
+template <int kVectors>
+void multiply_lanes(const Factor& x, const float* y, int64_t y_stride, float* out, int64_t out_stride, int64_t rows,
+                    int64_t depth, bool add) {
+  int64_t row = 0;
+  const auto at = [&](int64_t r) { return Factor{x.values + r * x.row_stride, x.row_stride, x.depth_stride}; };
+  for (; row + kBlockRows <= rows; row += kBlockRows)
+    multiply_block<kBlockRows, kVectors>(at(row), y, y_stride, out + row * out_stride, out_stride, depth, add);
+  multiply_rest<kBlockRows - 1, kVectors>(at(row), y, y_stride, out + row * out_stride, out_stride, rows - row, depth,
+                                          add);
+}
+
+void multiply(const Factor& x, const float* y, int64_t y_stride, float* out, int64_t out_stride, int64_t rows,
+              int64_t depth, int64_t lanes, bool add) {
+  int64_t lane = 0;
+  for (; lane + kBlockVectors * kLanes <= lanes; lane += kBlockVectors * kLanes)
+    multiply_lanes<kBlockVectors>(x, y + lane, y_stride, out + lane, out_stride, rows, depth, add);
+  for (; lane < lanes; lane += kLanes)
+    multiply_lanes<1>(x, y + lane, y_stride, out + lane, out_stride, rows, depth, add);
+}
+
+// --- Passes -----------------------------------------------------------------------------------------------------------
+
+struct Vectors {
+  Floats lanes[kWide];
+};
+
+CLDF_INLINE Vectors filled(float value) {
+  Vectors vectors;
+  for (auto& lanes : vectors.lanes) lanes = broadcast(value);
+  return vectors;
+}
+
+CLDF_INLINE Vectors load_all(const float* from) {
+  Vectors vectors;
+  for (int64_t v = 0; v < kWide; ++v) vectors.lanes[v] = load(from + v * kLanes);
+  return vectors;
+}
+
+CLDF_INLINE void add_all(double* to, const Vectors& vectors) {
+  for (int64_t v = 0; v < kWide; ++v)
+    for (int64_t i = 0; i < kLanes; ++i) to[v * kLanes + i] += double(vectors.lanes[v][i]);
+}
+
+// Candidates of one class, one after the other, and which of some anchors have them as positives.
+struct Run {
+  int64_t begin, end;
+  Ints positive[kWide];
+  bool any, all;
+};
+
+// Calls f(run) for a tile's candidates and the anchors of kWide vectors.
+template <class F>
+CLDF_INLINE void each_run(const Columns& tile, const int32_t* lane_class, F f) {
+  Run run;
+  for (run.begin = 0; run.begin < tile.rows; run.begin = run.end) {
+    const int32_t label = tile.row_class[run.begin];
+    run.end = run.begin + 1;
+    while (run.end < tile.rows && tile.row_class[run.end] == label) ++run.end;
+    int64_t count = 0;
+    for (int64_t v = 0; v < kWide; ++v)
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const bool positive = lane_class[v * kLanes + i] == label;
+        run.positive[v][i] = positive ? -1 : 0;
+        count += positive;
+      }
+    run.any = count > 0;
+    run.all = count == kWide * kLanes;
+    f(run);
+  }
+}
+
+// Calls f(first lane) for every kWide vectors of a group.
+template <class F>
+CLDF_INLINE void each_part(F f) {
+  for (int64_t lane = 0; lane < kGroup; lane += kWide * kLanes) f(lane);
+}
+
+void add_positives(const Columns& tile, double* positive_sum) {
+  each_part([&](int64_t lane) {
+    each_run(tile, tile.lane_class + lane, [&](const Run& run) {
+      if (!run.any) return;
+      for (int64_t begin = run.begin; begin < run.end; begin += kFloatRows) {
+        Vectors total = filled(0.0f);
+        for (int64_t row = begin; row < least(begin + kFloatRows, run.end); ++row)
+          for (int64_t v = 0; v < kWide; ++v) {
+            const Floats s = load(tile.values + row * tile.stride + lane + v * kLanes);
+            total.lanes[v] += run.positive[v] ? s : Floats{};
+          }
+        add_all(positive_sum + lane, total);
+      }
+    });
+  });
+}
+
+void exponentiate(const Columns& tile, bool keep_positives, float* top, double* sum) {
+  each_part([&](int64_t lane) {
+    Vectors most = filled(-kInfinity);
+    each_run(tile, tile.lane_class + lane, [&](const Run& run) {
+      if (keep_positives && run.all) return;
+      const bool mixed = keep_positives && run.any;
+      for (int64_t row = run.begin; row < run.end; ++row)
+        for (int64_t v = 0; v < kWide; ++v) {
+          const Floats s = load(tile.values + row * tile.stride + lane + v * kLanes);
+          most.lanes[v] = maximum(mixed ? (run.positive[v] ? broadcast(-kInfinity) : s) : s, most.lanes[v]);
+        }
+    });
+    for (int64_t v = 0; v < kWide; ++v) {
+      store(top + lane + v * kLanes, most.lanes[v]);
+      // With nothing to subtract from, differences with minus infinity would be NaN.
+      most.lanes[v] = most.lanes[v] == -kInfinity ? Floats{} : most.lanes[v];
+    }
+    each_run(tile, tile.lane_class + lane, [&](const Run& run) {
+      if (keep_positives && run.all) return;
+      const bool mixed = keep_positives && run.any;
+      for (int64_t begin = run.begin; begin < run.end; begin += kFloatRows) {
+        Vectors total = filled(0.0f);
+        for (int64_t row = begin; row < least(begin + kFloatRows, run.end); ++row)
+          for (int64_t v = 0; v < kWide; ++v) {
+            float* at = tile.values + row * tile.stride + lane + v * kLanes;
+            const Floats s = load(at), e = exponential(s - most.lanes[v]);
+            store(at, mixed ? (run.positive[v] ? s : e) : e);
+            total.lanes[v] += mixed ? (run.positive[v] ? Floats{} : e) : e;
+          }
+        add_all(sum + lane, total);
+      }
+    });
+  });
+}
+
+void compare_positives(const Columns& tile, const float* lse, double* softplus_sum, double* sigmoid_sum) {
+  each_part([&](int64_t lane) {
+    const Vectors level = load_all(lse + lane);
+    each_run(tile, tile.lane_class + lane, [&](const Run& run) {
+      if (!run.any) return;
+      for (int64_t begin = run.begin; begin < run.end; begin += kFloatRows) {
+        Vectors softplus_total = filled(0.0f), sigmoid_total = filled(0.0f);
+        for (int64_t row = begin; row < least(begin + kFloatRows, run.end); ++row)
+          for (int64_t v = 0; v < kWide; ++v) {
+            float* at = tile.values + row * tile.stride + lane + v * kLanes;
+            const Floats s = load(at), z = level.lanes[v] - s, e = exponential(z < 0.0f ? z : -z);
+            const Floats softplus = maximum(z, Floats{}) + log_one_plus(e);
+            const Floats sigmoid = (z < 0.0f ? e : broadcast(1.0f)) / (1.0f + e);
+            softplus_total.lanes[v] += run.positive[v] ? softplus : Floats{};
+            sigmoid_total.lanes[v] += run.positive[v] ? sigmoid : Floats{};
+            store(at, run.positive[v] ? sigmoid : s);
+          }
+        add_all(softplus_sum + lane, softplus_total);
+        add_all(sigmoid_sum + lane, sigmoid_total);
+      }
+    });
+  });
+}
+
+void weigh(const Columns& tile, bool kept_positives, const float* push, const float* pull) {
+  each_part([&](int64_t lane) {
+    const Vectors pushes = load_all(push + lane), pulls = load_all(pull + lane);
+    each_run(tile, tile.lane_class + lane, [&](const Run& run) {
+      for (int64_t row = run.begin; row < run.end; ++row)
+        for (int64_t v = 0; v < kWide; ++v) {
+          float* at = tile.values + row * tile.stride + lane + v * kLanes;
+          const Floats value = load(at);
+          Floats slope = pushes.lanes[v] * value;
+          if (run.any && kept_positives) slope = run.positive[v] ? -pulls.lanes[v] * value : slope;
+          if (run.any && !kept_positives) slope -= run.positive[v] ? pulls.lanes[v] : Floats{};
+          store(at, slope);
+        }
+    });
+  });
+}
+
+}  // namespace
+
+extern const InfonceKernels infonce_kernels{multiply, add_positives, exponentiate, compare_positives, weigh};
+
+}  // namespace cldf_fast::CLDF_ISA
