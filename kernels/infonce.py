@@ -5,6 +5,11 @@ walks over the other side, so that every sum has one owner and one order: no ato
 arguments are those of the registered operations, already checked; what the numbers mean stands in the package's
 reference of the operation.
 
+Large problems are PREPARED: both sides are sorted by label, so that a tile of rows meets its positives in one range
+of columns, `first` to `last`, and nothing but negatives from `start` to `first` and from `last` on. There a logit costs
+a product and an exponential: no labels, no masks, and no running maximum either where the features' lengths bound all
+logits (`limit`), as unit length and a temperature above 0.024 do.
+
 Logits are kept in base 2: exp2 is what the hardware has. Accumulation is fp32 for every input; fp32 inputs are
 multiplied in three tf32 products or in one, as `dot_precision` says.
 """
@@ -12,12 +17,15 @@ multiplied in three tf32 products or in one, as `dot_precision` says.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from . import tuning
 
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LN2: tl.constexpr = tl.constexpr(math.log(2))
@@ -58,6 +66,27 @@ def _tile_logits(
 
 
 @triton.jit
+def _bounds(bounds_ptr, tile):
+    """start, first and last of a tile of rows: see above."""
+    return tl.load(bounds_ptr + 3 * tile), tl.load(bounds_ptr + 3 * tile + 1), tl.load(bounds_ptr + 3 * tile + 2)
+
+
+@triton.jit
+def _negative_steps(start, first, last, length, BLOCK: tl.constexpr):
+    """How many tiles of columns hold nothing but negatives: before the positives, and in all."""
+    ahead = tl.cdiv(first - start, BLOCK)
+    return ahead, ahead + tl.cdiv(length - last, BLOCK)
+
+
+@triton.jit
+def _negative_tile(step, ahead, start, first, last, length, BLOCK: tl.constexpr):
+    """The columns of such a tile, and which of them are no positives and not beyond the end."""
+    left = tl.where(step < ahead, start + step * BLOCK, last + (step - ahead) * BLOCK)
+    columns = left + tl.arange(0, BLOCK)
+    return columns, columns < tl.where(step < ahead, first, length)
+
+
+@triton.jit
 def forward_kernel(
     anchor_ptr,
     candidate_ptr,
@@ -68,12 +97,15 @@ def forward_kernel(
     lse_ptr,
     weight_ptr,
     positives_ptr,
+    bounds_ptr,
+    limit_ptr,
     M,
     N,
     scale,
     D: tl.constexpr,
     SUPCON: tl.constexpr,
     HAS_SELF: tl.constexpr,
+    PREPARED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -93,9 +125,35 @@ def forward_kernel(
     positive_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     num_positives = tl.zeros([BLOCK_M], dtype=tl.int32)
     num_negatives = tl.zeros([BLOCK_M], dtype=tl.int32)
-    for start in range(0, N, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        label = tl.load(candidate_label_ptr + columns, mask=columns < N, other=-1)
+    first, last = 0, N
+    if PREPARED:
+        start, first, last = _bounds(bounds_ptr, tl.program_id(0))
+        num_negatives += first - start + N - last
+        ahead, steps = _negative_steps(start, first, last, N, BLOCK_N)
+        limit = tl.load(limit_ptr)
+        # Twice the limit is what fp32 has room for below the largest logit.
+        if limit <= 60.0:
+            top = tl.full([BLOCK_M], 0.0, tl.float32) + limit
+            for step in range(steps):
+                columns, inside = _negative_tile(step, ahead, start, first, last, N, BLOCK_N)
+                product = _tile_logits(
+                    anchor_ptr, candidate_ptr, rows, columns, row_counts, inside, D, BLOCK_D, WIDEN, DOT_PRECISION
+                )
+                shift = tl.where(inside, -limit, float("-inf"))
+                total += tl.sum(tl.exp2(product * scale + shift[None, :]), axis=1)
+        else:
+            for step in range(steps):
+                columns, inside = _negative_tile(step, ahead, start, first, last, N, BLOCK_N)
+                product = _tile_logits(
+                    anchor_ptr, candidate_ptr, rows, columns, row_counts, inside, D, BLOCK_D, WIDEN, DOT_PRECISION
+                )
+                shown = product * scale + tl.where(inside, 0.0, float("-inf"))[None, :]
+                new_top = tl.maximum(top, tl.max(shown, axis=1))
+                total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(shown - new_top[:, None]), axis=1)
+                top = new_top
+    for left in range(first, last, BLOCK_N):
+        columns = left + tl.arange(0, BLOCK_N)
+        label = tl.load(candidate_label_ptr + columns, mask=columns < last, other=-1)
         logits = scale * _tile_logits(
             anchor_ptr, candidate_ptr, rows, columns, row_counts, label >= 0, D, BLOCK_D, WIDEN, DOT_PRECISION
         )
@@ -133,12 +191,15 @@ def positives_kernel(
     lse_ptr,
     weight_ptr,
     positives_ptr,
+    bounds_ptr,
+    limit_ptr,
     M,
     N,
     scale,
     D: tl.constexpr,
     SUPCON: tl.constexpr,
     HAS_SELF: tl.constexpr,
+    PREPARED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -157,9 +218,12 @@ def positives_kernel(
     lse = tl.load(lse_ptr + rows, mask=row_counts, other=0.0) * LOG2E
     loss = tl.zeros([BLOCK_M], dtype=tl.float32)
     weight = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for start in range(0, N, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        label = tl.load(candidate_label_ptr + columns, mask=columns < N, other=-1)
+    first, last = 0, N
+    if PREPARED:
+        _, first, last = _bounds(bounds_ptr, tl.program_id(0))
+    for left in range(first, last, BLOCK_N):
+        columns = left + tl.arange(0, BLOCK_N)
+        label = tl.load(candidate_label_ptr + columns, mask=columns < last, other=-1)
         counted = row_counts[:, None] & (own[:, None] != columns[None, :])
         positive = counted & (row_label[:, None] == label[None, :])
         logits = scale * _tile_logits(
@@ -220,6 +284,7 @@ def anchor_gradient_kernel(
     weight_ptr,
     positives_ptr,
     grad_ptr,
+    bounds_ptr,
     M,
     N,
     scale,
@@ -227,6 +292,7 @@ def anchor_gradient_kernel(
     D: tl.constexpr,
     SUPCON: tl.constexpr,
     HAS_SELF: tl.constexpr,
+    PREPARED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -248,9 +314,28 @@ def anchor_gradient_kernel(
     pull = 1.0 / tl.maximum(positives, 1).to(tl.float32)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     gradient = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    for start in range(0, N, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        label = tl.load(candidate_label_ptr + columns, mask=columns < N, other=-1)
+    first, last = 0, N
+    if PREPARED:
+        start, first, last = _bounds(bounds_ptr, tl.program_id(0))
+        ahead, steps = _negative_steps(start, first, last, N, BLOCK_N)
+        for step in range(steps):
+            columns, inside = _negative_tile(step, ahead, start, first, last, N, BLOCK_N)
+            product = _tile_logits(
+                anchor_ptr, candidate_ptr, rows, columns, row_counts, inside, D, BLOCK_D, WIDEN, DOT_PRECISION
+            )
+            shift = tl.where(inside, 0.0, float("-inf"))
+            slope = (factor * push)[:, None] * tl.exp2(product * scale + shift[None, :] - lse[:, None])
+            values = tl.load(
+                candidate_ptr + columns.to(tl.int64)[:, None] * D + d[None, :],
+                mask=inside[:, None] & (d < D)[None, :],
+                other=0.0,
+            )
+            if WIDEN:
+                values = values.to(tl.float32)
+            gradient = tl.dot(slope.to(values.dtype), values, gradient, input_precision=DOT_PRECISION)
+    for left in range(first, last, BLOCK_N):
+        columns = left + tl.arange(0, BLOCK_N)
+        label = tl.load(candidate_label_ptr + columns, mask=columns < last, other=-1)
         logits = scale * _tile_logits(
             anchor_ptr, candidate_ptr, rows, columns, row_counts, label >= 0, D, BLOCK_D, WIDEN, DOT_PRECISION
         )
@@ -287,6 +372,7 @@ def candidate_gradient_kernel(
     weight_ptr,
     positives_ptr,
     grad_ptr,
+    bounds_ptr,
     M,
     N,
     scale,
@@ -294,6 +380,7 @@ def candidate_gradient_kernel(
     D: tl.constexpr,
     SUPCON: tl.constexpr,
     HAS_SELF: tl.constexpr,
+    PREPARED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -306,9 +393,31 @@ def candidate_gradient_kernel(
     label = tl.load(candidate_label_ptr + columns, mask=in_columns, other=-1)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     gradient = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
-    for start in range(0, M, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        in_rows = rows < M
+    first, last = 0, M
+    if PREPARED:
+        start, first, last = _bounds(bounds_ptr, tl.program_id(0))
+        ahead, steps = _negative_steps(start, first, last, M, BLOCK_M)
+        for step in range(steps):
+            rows, inside = _negative_tile(step, ahead, start, first, last, M, BLOCK_M)
+            row_counts = tl.load(positives_ptr + rows, mask=inside, other=0) > 0
+            lse = tl.load(lse_ptr + rows, mask=row_counts, other=0.0) * LOG2E
+            factor = tl.load(grad_loss_ptr + rows, mask=row_counts, other=0.0).to(tl.float32)
+            push = tl.load(weight_ptr + rows, mask=row_counts, other=0.0)
+            product = _tile_logits(
+                candidate_ptr, anchor_ptr, columns, rows, label >= 0, row_counts, D, BLOCK_D, WIDEN, DOT_PRECISION
+            )
+            slope = (factor * push)[None, :] * tl.exp2(product * scale - lse[None, :])
+            values = tl.load(
+                anchor_ptr + rows.to(tl.int64)[:, None] * D + d[None, :],
+                mask=row_counts[:, None] & (d < D)[None, :],
+                other=0.0,
+            )
+            if WIDEN:
+                values = values.to(tl.float32)
+            gradient = tl.dot(slope.to(values.dtype), values, gradient, input_precision=DOT_PRECISION)
+    for top in range(first, last, BLOCK_M):
+        rows = top + tl.arange(0, BLOCK_M)
+        in_rows = rows < last
         row_label = tl.load(anchor_label_ptr + rows, mask=in_rows, other=-1)
         own = (
             tl.load(self_ptr + rows, mask=in_rows, other=-1).to(tl.int32)
@@ -337,7 +446,8 @@ def candidate_gradient_kernel(
         if WIDEN:
             values = values.to(tl.float32)
         gradient = tl.dot(slope.to(values.dtype), values, gradient, input_precision=DOT_PRECISION)
-    gradient = gradient * inverse_temperature
+    # Candidates that are ignored have met negatives too.
+    gradient = tl.where((label >= 0)[:, None], gradient * inverse_temperature, 0.0)
     tl.store(
         grad_ptr + columns.to(tl.int64)[:, None] * D + d[None, :],
         gradient.to(grad_ptr.dtype.element_ty),
@@ -347,7 +457,8 @@ def candidate_gradient_kernel(
 
 def block_of(dim: int) -> int:
     """How many of D features a program holds at once: a power of two, at least what a matrix unit takes."""
-    return min(128, max(16, triton.next_power_of_2(dim)))
+    # In several steps, smaller ones leave registers for what is carried from one to the next.
+    return 64 if dim > 128 else max(16, triton.next_power_of_2(dim))
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -357,22 +468,127 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def options(features: Tensor, variant: str, self_index: Tensor | None) -> dict[str, Any]:
-    """The compile-time arguments of all three kernels. Tiles for which no architecture spills; not yet tuned on any."""
+def options(kernel: str, features: Tensor, variant: str, has_self: bool, prepared: bool) -> dict[str, Any]:
+    """The compile-time arguments of a kernel and its launch."""
     return {
         "D": features.shape[1],
         "SUPCON": variant == "supcon",
-        "HAS_SELF": self_index is not None,
-        # Three tf32 products of a fp32 one take registers for its parts.
-        "BLOCK_M": 32 if features.dtype == torch.float32 else 64,
-        "BLOCK_N": 32,
+        "HAS_SELF": has_self,
+        "PREPARED": prepared,
         "BLOCK_D": block_of(features.shape[1]),
         # Under TRITON_INTERPRET=1 a product of bf16 would read their bits as integers.
         "WIDEN": not isinstance(forward_kernel, triton.JITFunction),
         "DOT_PRECISION": dot_precision(features.dtype),
-        "num_warps": 8,
-        "num_stages": 2,
+        **tuning.tiles("infonce", kernel, features),
     }
+
+
+SORT_FROM = 2048 * 2048
+"""Pairs from which on sorting is worth its dozen launches. Estimated; no GPU has measured it yet."""
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What the kernels read, and the order of its rows if it is prepared.
+
+    own: int64 [M], the candidate that is the anchor itself or -1; None if there is none. anchor_order, candidate_order:
+    int64, which of the caller's rows stands where. limit: float32 [1], no logit in base 2 is larger.
+    """
+
+    anchors: Tensor
+    candidates: Tensor
+    anchor_labels: Tensor
+    candidate_labels: Tensor
+    own: Tensor | None
+    temperature: float
+    variant: str
+    anchor_order: Tensor | None = None
+    candidate_order: Tensor | None = None
+    limit: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        anchors: Tensor,
+        candidates: Tensor,
+        anchor_labels: Tensor,
+        candidate_labels: Tensor,
+        self_index: Tensor | None,
+        temperature: float,
+        variant: str,
+    ) -> _Problem:
+        """As it is where it is small, sorted by label where not. No host synchronisation."""
+        if anchors.shape[0] * candidates.shape[0] < SORT_FROM:
+            inputs = (anchors.contiguous(), candidates.contiguous(), anchor_labels, candidate_labels)
+            return cls(*inputs, self_index, temperature, variant)
+        anchor_labels, anchor_order = anchor_labels.sort(stable=True)
+        candidate_labels, candidate_order = candidate_labels.sort(stable=True)
+        anchors, candidates = anchors[anchor_order], candidates[candidate_order]
+        own = None
+        if self_index is not None:
+            place = torch.empty_like(candidate_order)
+            place[candidate_order] = torch.arange(len(place), device=place.device)
+            own = torch.where(self_index >= 0, place[self_index.clamp_min(0)], -1)[anchor_order]
+        longest = [
+            torch.where(labels >= 0, torch.linalg.vector_norm(features, dim=1, dtype=torch.float32), 0).amax()
+            for features, labels in ((anchors, anchor_labels), (candidates, candidate_labels))
+        ]
+        limit = longest[0] * longest[1] * (LOG2E.value / temperature)
+        labels = (anchor_labels, candidate_labels)
+        return cls(anchors, candidates, *labels, own, temperature, variant, anchor_order, candidate_order, limit)
+
+    @property
+    def prepared(self) -> bool:
+        return self.limit is not None
+
+    def constants(self, kernel: str) -> dict[str, Any]:
+        return options(kernel, self.anchors, self.variant, self.own is not None, self.prepared)
+
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """The first arguments of every kernel."""
+        return self.anchors, self.candidates, self.anchor_labels, self.candidate_labels, self.own
+
+    def sizes(self) -> tuple[int, int, float]:
+        return self.anchors.shape[0], self.candidates.shape[0], LOG2E.value / self.temperature
+
+    def sorted_like_anchors(self, values: Tensor) -> Tensor:
+        return values.contiguous() if self.anchor_order is None else values[self.anchor_order]
+
+    def bounds_of_anchors(self, block: int) -> Tensor | None:
+        """For tiles of anchors, over candidates."""
+        return self._bounds(self.anchor_labels, self.candidate_labels, block, of_anchors=True)
+
+    def bounds_of_candidates(self, block: int) -> Tensor | None:
+        """For tiles of candidates, over anchors."""
+        return self._bounds(self.candidate_labels, self.anchor_labels, block, of_anchors=False)
+
+    def _bounds(self, row_labels: Tensor, column_labels: Tensor, block: int, *, of_anchors: bool) -> Tensor | None:
+        """start, first and last, int32 [tiles, 3], of tiles of `block` rows; see the head of this file."""
+        if not self.prepared:
+            return None
+        length = len(column_labels)
+        ends = torch.arange(block - 1, len(row_labels) + block - 1, block, device=row_labels.device)
+        low = row_labels[::block].clamp_min(0)
+        high = row_labels[ends.clamp_max(len(row_labels) - 1)]
+        first = torch.searchsorted(column_labels, low)
+        last = torch.searchsorted(column_labels, high, right=True)
+        # Where all rows are ignored there is nothing to walk over.
+        first, last = (torch.where(high < 0, length, bound) for bound in (first, last))
+        if self.own is not None:
+            # An anchor that is a candidate of another label is left out as well, where labels are compared.
+            named = (self.own >= 0) & (self.anchor_labels >= 0)
+            anchor, candidate = torch.arange(len(self.own), device=self.own.device), self.own.clamp_min(0)
+            row, column = (anchor, candidate) if of_anchors else (candidate, anchor)
+            first = first.scatter_reduce(0, row // block, torch.where(named, column, length), "amin")
+            last = last.scatter_reduce(0, row // block, torch.where(named, column + 1, 0), "amax")
+        start = torch.searchsorted(column_labels, torch.zeros_like(low))
+        start = torch.minimum(torch.where(high < 0, length, start), first)
+        return torch.stack([start, first, last], dim=1).int()
+
+
+def _in_order(values: Tensor, order: Tensor | None) -> Tensor:
+    """Rows back where the caller has them."""
+    return values if order is None else torch.empty_like(values).index_copy_(0, order, values)
 
 
 def pixel_infonce(
@@ -384,29 +600,28 @@ def pixel_infonce(
     temperature: float,
     variant: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss, lse and weight float32 [M] and num_positives int64 [M] of contiguous features."""
-    anchors, candidates = anchors.contiguous(), candidates.contiguous()
-    rows, columns = anchors.shape[0], candidates.shape[0]
+    """loss, lse and weight float32 [M] and num_positives int64 [M]."""
+    problem = _Problem.of(anchors, candidates, anchor_labels, candidate_labels, self_index, temperature, variant)
+    rows = anchors.shape[0]
     loss, lse, weight = (anchors.new_empty(rows, dtype=torch.float32) for _ in range(3))
     num_positives = torch.empty_like(anchor_labels)
-    constants = options(anchors, variant, self_index)
     for kernel in (forward_kernel,) if variant == "supcon" else (forward_kernel, positives_kernel):
+        constants = problem.constants(kernel.fn.__name__)
         if rows:
             kernel[(triton.cdiv(rows, constants["BLOCK_M"]),)](
-                anchors,
-                candidates,
-                anchor_labels,
-                candidate_labels,
-                self_index,
+                *problem.arguments(),
                 loss,
                 lse,
                 weight,
                 num_positives,
-                rows,
-                columns,
-                LOG2E.value / temperature,
+                problem.bounds_of_anchors(constants["BLOCK_M"]),
+                problem.limit,
+                *problem.sizes(),
                 **constants,
             )
+    loss, lse, weight, num_positives = (
+        _in_order(values, problem.anchor_order) for values in (loss, lse, weight, num_positives)
+    )
     return loss, lse, weight, num_positives
 
 
@@ -428,34 +643,33 @@ def pixel_infonce_backward(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the anchors and the candidates, in their dtype or in `dtype`; one not needed is empty, [0]."""
-    anchors, candidates, grad_loss = anchors.contiguous(), candidates.contiguous(), grad_loss.contiguous()
-    (rows, dim), columns = anchors.shape, candidates.shape[0]
-    grad_anchors, grad_candidates = (
-        features.new_empty(features.shape if needed else 0, dtype=dtype or features.dtype)
-        for features, needed in ((anchors, need_anchors), (candidates, need_candidates))
-    )
-    constants = options(anchors, variant, self_index)
-    slices = triton.cdiv(dim, constants["BLOCK_D"])
-    for kernel, gradient, length, block in (
-        (anchor_gradient_kernel, grad_anchors, rows, constants["BLOCK_M"]),
-        (candidate_gradient_kernel, grad_candidates, columns, constants["BLOCK_N"]),
+    problem = _Problem.of(anchors, candidates, anchor_labels, candidate_labels, self_index, temperature, variant)
+    state = [problem.sorted_like_anchors(values) for values in (grad_loss, lse, weight, num_positives)]
+    gradients = []
+    for kernel, features, needed, tile, bounds, order in (
+        (anchor_gradient_kernel, anchors, need_anchors, "BLOCK_M", problem.bounds_of_anchors, problem.anchor_order),
+        (
+            candidate_gradient_kernel,
+            candidates,
+            need_candidates,
+            "BLOCK_N",
+            problem.bounds_of_candidates,
+            problem.candidate_order,
+        ),
     ):
+        gradient = features.new_empty(features.shape if needed else 0, dtype=dtype or features.dtype)
+        constants = problem.constants(kernel.fn.__name__)
         if gradient.numel():
-            kernel[(triton.cdiv(length, block), slices)](
-                anchors,
-                candidates,
-                anchor_labels,
-                candidate_labels,
-                self_index,
-                grad_loss,
-                lse,
-                weight,
-                num_positives,
+            grid = triton.cdiv(features.shape[0], constants[tile]), triton.cdiv(features.shape[1], constants["BLOCK_D"])
+            kernel[grid](
+                *problem.arguments(),
+                *state,
                 gradient,
-                rows,
-                columns,
-                LOG2E.value / temperature,
+                bounds(constants[tile]),
+                *problem.sizes(),
                 1.0 / temperature,
                 **constants,
             )
-    return grad_anchors, grad_candidates
+            gradient = _in_order(gradient, order)
+        gradients.append(gradient)
+    return gradients[0], gradients[1]

@@ -87,10 +87,11 @@ class Sweep {
  public:
   explicit Sweep(const Problem& problem)
       : p_(problem),
-        // Some sixteen tiles, of shapes that a matrix product likes: fewer candidates meet larger blocks of anchors.
-        tile_rows_(std::clamp(ceil_div(p_.candidates, 16 * 64) * 64, int64_t{64}, int64_t{1024})),
-        width_(kGroup * std::clamp(std::min(8192 / std::max(p_.candidates, int64_t{1}), ceil_div(p_.count, kGroup)),
-                                   int64_t{1}, int64_t{8})),
+        // Some sixteen tiles, none so small that its overhead shows. Larger blocks of anchors where candidates are few,
+        // and where their gradient, which every block goes over, is long.
+        tile_rows_(kGroup * std::clamp(ceil_div(p_.candidates, 16 * kGroup), int64_t{2}, int64_t{8})),
+        width_(kGroup * std::clamp(std::max(2048 / std::max(p_.candidates, int64_t{1}), p_.dim / 128), int64_t{1},
+                                   int64_t{4})),
         held_(std::min(p_.candidates, kHeld)),
         tiles_(ceil_div(held_, tile_rows_)),
         logits_(new float[held_ * width_]),
@@ -119,14 +120,17 @@ class Sweep {
   // The block's anchors, over the temperature. Lanes beyond the last one are zero and of no class.
   void gather() {
     const float inverse = 1.0f / p_.temperature;
-    for (int64_t i = 0; i < width_; ++i) {
-      const bool inside = i < valid();
-      classes_[i] = inside ? p_.row_class[first_ + i] : -1;
-      own_[i] = inside ? p_.own[first_ + i] : -1;
-      const float* from = inside ? p_.anchor_values + p_.rows[first_ + i] * p_.dim : nullptr;
+    torch::stable::parallel_for(0, width_, kGroup, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const bool inside = i < valid();
+        classes_[i] = inside ? p_.row_class[first_ + i] : -1;
+        own_[i] = inside ? p_.own[first_ + i] : -1;
+        const float* from = inside ? p_.anchor_values + p_.rows[first_ + i] * p_.dim : nullptr;
+        for (int64_t d = 0; d < p_.dim; ++d) anchors_[i * p_.padded + d] = inside ? from[d] * inverse : 0.0f;
+      }
       for (int64_t d = 0; d < p_.dim; ++d)
-        anchors_[i * p_.padded + d] = transposed_[d * width_ + i] = inside ? from[d] * inverse : 0.0f;
-    }
+        for (int64_t i = begin; i < end; ++i) transposed_[d * width_ + i] = anchors_[i * p_.padded + d];
+    });
   }
 
   struct Tile {
@@ -198,11 +202,12 @@ class Sweep {
   bool all_held() const { return p_.candidates <= held_; }
 
   void forward() {
-    std::vector<double> top(width_, -double(kInfinity)), sum(width_, 0.0), positive_sum(width_, 0.0);
+    std::vector<float> top(width_, -kInfinity);
+    std::vector<double> sum(width_, 0.0), positive_sum(width_, 0.0);
     for (int64_t chunk = 0; chunk < p_.candidates; chunk += held_) {
       each_tile(chunk, [&](const Tile& tile) { compute(tile, p_.supcon ? more_sums_.data() : nullptr); });
       each_part(chunk, [&](int64_t part, int64_t i) {
-        const double before = top[i], now = top_[part];
+        const float before = top[i], now = top_[part];
         if (now > before) {
           top[i] = now;
           sum[i] *= std::exp(before - now);
@@ -277,14 +282,16 @@ class Sweep {
   }
 
   void differentiate(const Tile& tile) {
-    std::vector<float> push(width_, 0.0f), pull(width_, 0.0f);
+    std::vector<float> push(width_, 0.0f), gap(width_, 0.0f), pull(width_, 0.0f);
     for (int64_t i = 0; i < valid(); ++i) {
       const int64_t row = first_ + i;
-      const double scale = std::exp(double(top_[tile.index * width_ + i]) - p_.lse[row]);
-      push[i] = float(p_.grad[row] * p_.weight[row] * scale);
+      push[i] = p_.grad[row] * float(p_.weight[row]);
+      gap[i] = float(top_[tile.index * width_ + i] - p_.lse[row]);
       pull[i] = p_.grad[row] / float(p_.num_positives[row]);
     }
-    each_group(tile, [&](const Columns& columns, int64_t i) { kernels().weigh(columns, !p_.supcon, &push[i], &pull[i]); });
+    each_group(tile, [&](const Columns& columns, int64_t i) {
+      kernels().weigh(columns, !p_.supcon, &push[i], &gap[i], &pull[i]);
+    });
     if (p_.supcon) set_own(tile, 0.0f, 0.0f);
     if (p_.grad_candidates)
       kernels().multiply({tile.values, width_, 1}, anchors_.data(), p_.padded,

@@ -41,10 +41,10 @@ struct InfonceKernels {
   // softplus_sum, both [kGroup].
   void (*compare_positives)(const Columns& tile, const float* lse, double* softplus_sum, double* sigmoid_sum);
 
-  // Replaces what the functions above left by the gradient of the logits: push [kGroup] times each term of the
-  // denominator. From the positives pull [kGroup] is subtracted; with kept_positives, minus pull times what stands there
-  // is put.
-  void (*weigh)(const Columns& tile, bool kept_positives, const float* push, const float* pull);
+  // Replaces what the functions above left by the gradient of the logits: push exp(gap) times each term of the
+  // denominator. From the positives pull is subtracted; with kept_positives, minus pull times what stands there is put.
+  // All three are [kGroup].
+  void (*weigh)(const Columns& tile, bool kept_positives, const float* push, const float* gap, const float* pull);
 };
 
 namespace baseline {

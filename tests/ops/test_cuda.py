@@ -11,6 +11,7 @@ from cldf_fast.ops import (
     fuse_evidence,
     gradient_saliency,
     noised_batch,
+    pixel_infonce,
     pixel_infonce_with_valid,
     pixel_seed,
     sample_anchors,
@@ -66,3 +67,33 @@ def test_cuda_agrees_with_the_cpu_without_synchronising(name, request):
     torch.cuda.set_sync_debug_mode("default")
     for ours, expected in zip(found, function(*inputs), strict=True):
         torch.testing.assert_close(ours.cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["per_positive", "supcon"])
+@pytest.mark.parametrize(("size", "dim"), [(300, 40), (2500, 64)])
+def test_a_cuda_graph_replays_loss_and_gradients(size, dim, variant):
+    """Small problems go to the kernels as they are, large ones are sorted first."""
+    features = [torch.randn(size, dim, device="cuda").requires_grad_() for _ in range(2)]
+    labels = [torch.randint(-1, 3, (size,), device="cuda") for _ in range(2)]
+
+    def step():
+        loss = pixel_infonce(*features, *labels, variant=variant, reduction="mean", impl="triton")
+        return loss, *torch.autograd.grad(loss, features)
+
+    warm = torch.cuda.Stream()
+    with torch.cuda.stream(warm):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for values in features:
+            values.copy_(torch.randn_like(values))
+        for values in labels:
+            values.copy_(torch.randint_like(values, -1, 3))
+    graph.replay()
+    expected = step()
+    torch.cuda.synchronize()
+    for ours, theirs in zip(captured, expected, strict=True):
+        assert torch.equal(ours, theirs)

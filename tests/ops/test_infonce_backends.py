@@ -27,16 +27,22 @@ def tolerance_of(impl: str, dtype: torch.dtype) -> float:
     return 1e-3 if impl == "triton" else 1e-5
 
 
-@pytest.fixture(params=["cpu", "triton"])
-def impl(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=["cpu", "triton", "triton, sorted"])
+def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A backend that this machine has; Triton runs on a CPU where it is asked to interpret its kernels."""
-    if request.param == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+    backend, *sort = str(request.param).split(", ")
+    if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton's kernels are interpreted where TRITON_INTERPRET=1")
-    states = {op: backend_report()[op][request.param] for op in ("pixel_infonce", "pixel_infonce_backward")}
+    states = {op: backend_report()[op][backend] for op in ("pixel_infonce", "pixel_infonce_backward")}
     missing = [state for state in states.values() if state != "serving"]
     if missing:
-        pytest.skip(f"{request.param}: {missing[0]}")
-    return str(request.param)
+        pytest.skip(f"{backend}: {missing[0]}")
+    if sort:
+        from cldf_fast.kernels import infonce
+
+        # As large problems are; what is empty has no largest row.
+        monkeypatch.setattr(infonce, "SORT_FROM", 1)
+    return backend
 
 
 def sized(impl: str, *sizes: int) -> tuple[int, ...]:

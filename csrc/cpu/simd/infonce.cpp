@@ -212,9 +212,11 @@ void compare_positives(const Columns& tile, const float* lse, double* softplus_s
   });
 }
 
-void weigh(const Columns& tile, bool kept_positives, const float* push, const float* pull) {
+void weigh(const Columns& tile, bool kept_positives, const float* push, const float* gap, const float* pull) {
   each_part([&](int64_t lane) {
-    const Vectors pushes = load_all(push + lane), pulls = load_all(pull + lane);
+    const Vectors pulls = load_all(pull + lane), gaps = load_all(gap + lane);
+    Vectors pushes = load_all(push + lane);
+    for (int64_t v = 0; v < kWide; ++v) pushes.lanes[v] *= exponential(gaps.lanes[v]);
     each_run(tile, tile.lane_class + lane, [&](const Run& run) {
       for (int64_t row = run.begin; row < run.end; ++row)
         for (int64_t v = 0; v < kWide; ++v) {
