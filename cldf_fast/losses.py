@@ -65,15 +65,17 @@ class PixelInfoNCE(nn.Module):
 
         bank: further candidates, without gradient.
         """
+        check_tensor("embeddings", embeddings, "floating", ("M", "D"))
+        check_tensor("labels", labels, "integer", (embeddings.shape[0],), embeddings)
         candidates, candidate_labels, first = embeddings, labels, 0
         world = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
         if world > 1:
             candidates, candidate_labels = _GatherRows.apply(embeddings), _GatherRows.apply(labels)
             first = distributed.get_rank() * embeddings.shape[0]
+        vectors = bank_labels = None
         if bank is not None:
             vectors, bank_labels = bank.candidates()
-            candidates = torch.cat([candidates, vectors.to(candidates.dtype)])
-            candidate_labels = torch.cat([candidate_labels, bank_labels.to(candidate_labels.dtype)])
+            vectors = vectors.to(embeddings.dtype)
         own = torch.arange(first, first + embeddings.shape[0], device=embeddings.device)
         total, weight = pixel_infonce_sum(
             embeddings,
@@ -84,6 +86,8 @@ class PixelInfoNCE(nn.Module):
             variant=self.variant,
             self_index=own,
             anchor_weight=None if self.class_weight is None else self.class_weight[labels.long().clamp_min(0)],
+            bank=vectors,
+            bank_labels=bank_labels,
             impl=self.impl,
         )
         if world > 1:

@@ -24,7 +24,12 @@ FOLDER = Path(__file__).parent / "tuned"
 Shape = tuple[int, int, int, int]
 """BLOCK_M, BLOCK_N, num_warps, num_stages."""
 
-TRIED: tuple[Shape, ...] = tuple(itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4)))
+TRIED: tuple[Shape, ...] = tuple(
+    (rows, columns, warps, stages)
+    for (rows, columns), warps, stages in itertools.product(
+        ((32, 32), (64, 32), (32, 64), (64, 64), (128, 32), (128, 64), (64, 128), (128, 128)), (4, 8), (2, 3)
+    )
+)
 
 _forced: dict[tuple[str, str], Shape] = {}
 
@@ -72,12 +77,13 @@ def tune(
     timer: Callable[[Callable[[], Any]], float],
     *,
     size: int = 8192,
-    dims: Iterable[int] = (32, 64, 128, 256, 512),
+    dims: Iterable[int] = (128, 64, 256, 32, 512),
     tried: Iterable[Shape] = TRIED,
 ) -> None:
     """Measure every kernel of `pixel_infonce` with every shape that compiles and write the best to a table.
 
-    timer: milliseconds that a call takes. size: anchors, and as many candidates, of four classes.
+    timer: milliseconds that a call takes. size: anchors, and as many candidates, of four classes. The table is written
+    after every kernel: whoever has no more time keeps what there is.
     """
     from . import infonce
 
@@ -100,9 +106,10 @@ def tune(
             times = {shape: _time(kernel, shape, run, timer) for shape in tried}
             best = min(times, key=lambda shape: times[shape])
             table.setdefault(kernel, {}).setdefault(_kind(dtype), {})[str(dim)] = best
-            print(f"{kernel}, {dtype}, D={dim}: {best}, {times[best]:.3f} ms")
-    record = {"measured": {"device": _device_name(device), "torch": torch.__version__, "size": size}}
-    file.write_text(json.dumps({**record, "tiles": {"infonce": table}}, indent=1) + "\n", encoding="utf-8")
+            print(f"{kernel}, {dtype}, D={dim}: {best}, {times[best]:.3f} ms", flush=True)
+            measured = {"device": _device_name(device), "torch": torch.__version__, "size": size}
+            record = {"measured": measured, "tiles": {"infonce": table}}
+            file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _time(kernel: str, shape: Shape, run: Callable[[], Any], timer: Callable[[Callable[[], Any]], float]) -> float:

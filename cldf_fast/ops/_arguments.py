@@ -32,14 +32,19 @@ def check_tensor(
 
     shape: one entry an axis: a name for any size, a number for that size.
     """
+    if not isinstance(tensor, Tensor):
+        raise DataError(f"{name}: expected a tensor, {_wanted(dtype, shape)}, got {type(tensor).__name__}")
     fits = tensor.ndim == len(shape) and all(
         isinstance(expected, str) or size == expected for size, expected in zip(tensor.shape, shape, strict=True)
     )
     fits = fits and (_KINDS[dtype](tensor.dtype) if isinstance(dtype, str) else tensor.dtype == dtype)
     if not fits or (like is not None and tensor.device != like.device):
-        wanted = f"{str(dtype).removeprefix('torch.')} [{', '.join(map(str, shape))}]"
         place = "" if like is None else f" on {like.device}"
-        raise DataError(f"{name}: expected {wanted}{place}, got {describe(tensor)}")
+        raise DataError(f"{name}: expected {_wanted(dtype, shape)}{place}, got {describe(tensor)}")
+
+
+def _wanted(dtype: str | torch.dtype, shape: tuple[str | int, ...]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} [{', '.join(map(str, shape))}]"
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -65,16 +65,19 @@ def _sweep(
     grad: Tensor | None = None,
     need_anchors: bool = False,
     need_candidates: bool = False,
+    num_differentiable: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients float32 [M, D] and [N, D], empty, [0], where not needed.
 
     state: loss, lse and weight of the anchors that count, float64 [3, m], written with `forward` and read without.
-    grad: [m], the gradient of each loss.
+    grad: [m], the gradient of each loss. num_differentiable: the candidates beyond have a gradient of 0; None: none.
     """
     anchors = anchors.float().contiguous()
     dim = candidates.shape[1]
     # Whole vectors of any instruction set.
-    gathered = F.pad(candidates.float()[plan.columns], (0, -dim % 16))
+    padding = -dim % 16
+    gathered = candidates.float()[plan.columns]
+    gathered = F.pad(gathered, (0, padding)) if padding else gathered
     grad_anchors = torch.zeros_like(anchors) if need_anchors else None
     sorted_gradient = torch.zeros_like(gathered) if need_candidates else None
     torch.ops.cldf_fast.infonce_sweep(
@@ -85,6 +88,7 @@ def _sweep(
         plan.num_positives,
         gathered,
         plan.column_class,
+        plan.columns < (len(candidates) if num_differentiable is None else num_differentiable),
         temperature,
         variant == "supcon",
         forward,
@@ -167,6 +171,7 @@ def pixel_infonce_sum(
     candidate_labels: Tensor,
     self_index: Tensor | None,
     anchor_weight: Tensor | None,
+    num_differentiable: int,
     temperature: float,
     variant: str,
     need_anchors: bool,
@@ -187,5 +192,6 @@ def pixel_infonce_sum(
         grad=grad,
         need_anchors=need_anchors,
         need_candidates=need_candidates,
+        num_differentiable=num_differentiable,
     )
     return (state[0] * grad).sum().float(), grad.double().sum().float(), *grads

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cldf_fast.errors import ConfigError
+from cldf_fast.errors import ConfigError, DataError
 from cldf_fast.ops import _dispatch, _infonce_cpu, _native, reference
 from cldf_fast.ops._arguments import check_choice, check_tensor
 
@@ -28,6 +28,8 @@ def pixel_infonce(
     variant: Variant = "per_positive",
     self_index: Tensor | None = None,
     anchor_weight: Tensor | None = None,
+    bank: Tensor | None = None,
+    bank_labels: Tensor | None = None,
     reduction: Literal["none", "mean", "sum"] = "none",
     impl: str = "auto",
 ) -> Tensor:
@@ -41,8 +43,7 @@ def pixel_infonce(
 
     Args:
         anchors: [M, D], floating; usually of unit length, which is not required. Differentiable.
-        candidates: [N, D], the dtype and device of `anchors`. Differentiable; a memory bank that does not require
-            grad costs no backward pass.
+        candidates: [N, D], the dtype and device of `anchors`. Differentiable.
         anchor_labels: [M], any integer dtype. A label below 0 is ignored, and that row's features are never read.
         candidate_labels: [N], as `anchor_labels`.
         temperature: finite, above 0.
@@ -51,6 +52,8 @@ def pixel_infonce(
             there is none.
         anchor_weight: [M], floating: a factor of each anchor's loss, such as the weight of its class; without
             gradient. None: 1.
+        bank: [B, D], the dtype and device of `anchors`: further candidates, such as a memory of earlier batches, that
+            get no gradient and cost no backward pass. bank_labels: [B], as `anchor_labels`.
         reduction: "none" for every anchor's loss, "sum" for their sum, "mean" for the mean, weighted by
             `anchor_weight`, over the anchors that count. Both of these compute the gradients along with the loss, from
             one set of logits, and so are faster than reducing the losses afterwards.
@@ -70,7 +73,13 @@ def pixel_infonce(
     inputs = (anchors, candidates, anchor_labels, candidate_labels)
     if reduction == "none":
         loss, _ = pixel_infonce_with_valid(
-            *inputs, temperature=temperature, variant=variant, self_index=self_index, impl=impl
+            *inputs,
+            temperature=temperature,
+            variant=variant,
+            self_index=self_index,
+            bank=bank,
+            bank_labels=bank_labels,
+            impl=impl,
         )
         if anchor_weight is None:
             return loss
@@ -82,6 +91,8 @@ def pixel_infonce(
         variant=variant,
         self_index=self_index,
         anchor_weight=anchor_weight,
+        bank=bank,
+        bank_labels=bank_labels,
         impl=impl,
     )
     return total if reduction == "sum" else total / torch.where(weight > 0, weight, 1)
@@ -96,6 +107,8 @@ def pixel_infonce_with_valid(
     temperature: float = 0.1,
     variant: Variant = "per_positive",
     self_index: Tensor | None = None,
+    bank: Tensor | None = None,
+    bank_labels: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`pixel_infonce`, and which anchors count in its mean.
@@ -103,7 +116,8 @@ def pixel_infonce_with_valid(
     Returns (loss [M], valid [M] bool), so that `loss.sum() / valid.sum().clamp_min(1)` is the mean with no host
     synchronisation.
     """
-    arguments = _checked(anchors, candidates, anchor_labels, candidate_labels, self_index, temperature, variant)
+    features, labels = (anchors, candidates, bank), (anchor_labels, candidate_labels, bank_labels)
+    arguments = _checked(*features, *labels, self_index, temperature, variant)
     loss, _, _, num_positives = _pixel_infonce(*arguments, temperature, variant, impl)
     return loss, num_positives > 0
 
@@ -118,6 +132,8 @@ def pixel_infonce_sum(
     variant: Variant = "per_positive",
     self_index: Tensor | None = None,
     anchor_weight: Tensor | None = None,
+    bank: Tensor | None = None,
+    bank_labels: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of `pixel_infonce`, and the sum of the weights of the anchors that count, both [].
@@ -125,25 +141,29 @@ def pixel_infonce_sum(
     What a mean over several processes is made of. The gradients are computed here already, from the same logits, and
     scaled in the backward pass.
     """
-    arguments = _checked(anchors, candidates, anchor_labels, candidate_labels, self_index, temperature, variant)
+    features, labels = (anchors, candidates, bank), (anchor_labels, candidate_labels, bank_labels)
+    arguments = _checked(*features, *labels, self_index, temperature, variant)
     if anchor_weight is not None:
         check_tensor("anchor_weight", anchor_weight, "floating", (anchors.shape[0],), anchors)
         anchor_weight = anchor_weight.detach()
-    needed = [torch.is_grad_enabled() and features.requires_grad for features in (anchors, candidates)]
-    total, weight, _, _ = _pixel_infonce_sum(*arguments, anchor_weight, temperature, variant, *needed, impl)
+    needed = [torch.is_grad_enabled() and x.requires_grad for x in (anchors, candidates)]
+    options = (candidates.shape[0], temperature, variant, *needed)
+    total, weight, _, _ = _pixel_infonce_sum(*arguments, anchor_weight, *options, impl)
     return total, weight
 
 
 def _checked(
     anchors: Tensor,
     candidates: Tensor,
+    bank: Tensor | None,
     anchor_labels: Tensor,
     candidate_labels: Tensor,
+    bank_labels: Tensor | None,
     self_index: Tensor | None,
     temperature: float,
     variant: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """The tensors as the operators want them."""
+    """The tensors as the operators want them, the bank's rows after the candidates."""
     check_tensor("anchors", anchors, "floating", ("M", "D"))
     check_tensor("candidates", candidates, anchors.dtype, ("N", anchors.shape[1]), anchors)
     check_tensor("anchor_labels", anchor_labels, "integer", (anchors.shape[0],), anchors)
@@ -151,10 +171,18 @@ def _checked(
     if self_index is not None:
         check_tensor("self_index", self_index, "integer", (anchors.shape[0],), anchors)
         self_index = self_index.to(torch.int64)
-    if not 0 < temperature < math.inf:
-        raise ConfigError(f"temperature: expected a finite number above 0, got {temperature}")
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+        raise ConfigError(f"temperature: expected a finite number above 0, got {temperature!r}")
     check_choice("variant", variant, ("per_positive", "supcon"))
-    return anchors, candidates, anchor_labels.to(torch.int64), candidate_labels.to(torch.int64), self_index
+    anchor_labels, candidate_labels = anchor_labels.to(torch.int64), candidate_labels.to(torch.int64)
+    if bank is None and bank_labels is None:
+        return anchors, candidates, anchor_labels, candidate_labels, self_index
+    if bank is None or bank_labels is None:
+        raise DataError("bank, bank_labels: expected both or neither, got one of them")
+    check_tensor("bank", bank, anchors.dtype, ("B", anchors.shape[1]), anchors)
+    check_tensor("bank_labels", bank_labels, "integer", (bank.shape[0],), anchors)
+    candidates = torch.cat([candidates, bank.detach()])
+    return anchors, candidates, anchor_labels, torch.cat([candidate_labels, bank_labels.to(torch.int64)]), self_index
 
 
 # The operator returns, beside the loss, the state that the backward pass needs: reference.py defines it.
@@ -253,7 +281,8 @@ def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor
 _pixel_infonce.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-# The gradients of the sum are outputs, in fp32 at least: their scale is not yet that of the loss.
+# The gradients of the sum are outputs, in fp32 at least: their scale is not yet that of the loss. That of the
+# candidates is 0 from row num_differentiable on.
 @torch.library.custom_op("cldf_fast::pixel_infonce_sum", mutates_args=())
 def _pixel_infonce_sum(
     anchors: Tensor,
@@ -262,14 +291,16 @@ def _pixel_infonce_sum(
     candidate_labels: Tensor,
     self_index: Tensor | None,
     anchor_weight: Tensor | None,
+    num_differentiable: int,
     temperature: float,
     variant: str,
     need_anchors: bool,
     need_candidates: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = (anchors, candidates, anchor_labels, candidate_labels, self_index, anchor_weight, temperature, variant)
-    return _dispatch.run("pixel_infonce_sum", impl, *inputs, need_anchors, need_candidates)
+    inputs = (anchors, candidates, anchor_labels, candidate_labels, self_index, anchor_weight)
+    options = (num_differentiable, temperature, variant, need_anchors, need_candidates)
+    return _dispatch.run("pixel_infonce_sum", impl, *inputs, *options)
 
 
 @_pixel_infonce_sum.register_fake
@@ -280,6 +311,7 @@ def _(
     candidate_labels: Tensor,
     self_index: Tensor | None,
     anchor_weight: Tensor | None,
+    num_differentiable: int,
     temperature: float,
     variant: str,
     need_anchors: bool,
@@ -324,6 +356,7 @@ def _in_two_passes(forward: Callable[..., Any], backward: Callable[..., Any]) ->
         candidate_labels: Tensor,
         self_index: Tensor | None,
         anchor_weight: Tensor | None,
+        num_differentiable: int,
         temperature: float,
         variant: str,
         need_anchors: bool,
@@ -338,6 +371,8 @@ def _in_two_passes(forward: Callable[..., Any], backward: Callable[..., Any]) ->
         if need_anchors or need_candidates:
             state = (counted, lse, weight, num_positives)
             gradients = backward(*state, *inputs, need_anchors, need_candidates, dtype=loss.dtype)
+            if need_candidates:
+                gradients[1][num_differentiable:] = 0
         return (loss * counted).sum(), counted.sum(), *gradients
 
     return run

@@ -76,6 +76,7 @@ struct Problem {
   const int64_t* num_positives;
   const float* candidate_values;
   const int32_t* column_class;
+  const bool* differentiable;
   float temperature;
   bool supcon, forward;
   double *loss, *lse, *weight;
@@ -180,7 +181,9 @@ class Sweep {
     if (positive_sums) {
       set_own(tile, 0.0f, 0.0f);
       std::fill_n(positive_sums + at, width_, 0.0);
-      each_group(tile, [&](const Columns& columns, int64_t i) { kernels().add_positives(columns, positive_sums + at + i); });
+      each_group(tile, [&](const Columns& columns, int64_t i) {
+        kernels().add_positives(columns, positive_sums + at + i);
+      });
     }
     // The anchor itself is in no sum: at minus infinity the exponential vanishes, at plus infinity softplus and sigmoid.
     set_own(tile, p_.supcon ? -kInfinity : kInfinity, -kInfinity);
@@ -294,12 +297,26 @@ class Sweep {
     });
     if (p_.supcon) set_own(tile, 0.0f, 0.0f);
     if (p_.grad_candidates)
-      kernels().multiply({tile.values, width_, 1}, anchors_.data(), p_.padded,
-                         p_.grad_candidates + tile.first * p_.padded, p_.padded, tile.rows, valid(), p_.padded, true);
+      each_differentiable(tile, [&](int64_t begin, int64_t end) {
+        kernels().multiply({tile.values + begin * width_, width_, 1}, anchors_.data(), p_.padded,
+                           p_.grad_candidates + (tile.first + begin) * p_.padded, p_.padded, end - begin, valid(),
+                           p_.padded, true);
+      });
     if (p_.grad_anchors)
       kernels().multiply({tile.values, 1, width_}, candidates(tile), p_.padded,
                          partial_.data() + tile.index * width_ * p_.padded, p_.padded, valid(), tile.rows, p_.padded,
                          false);
+  }
+
+  // Calls f(begin, end) for the rows of a tile, one after the other, whose gradient is wanted.
+  template <class F>
+  void each_differentiable(const Tile& tile, F f) {
+    const bool *from = p_.differentiable + tile.first, *last = from + tile.rows, *at = from;
+    while ((at = std::find(at, last, true)) != last) {
+      const bool* end = std::find(at, last, false);
+      f(at - from, end - from);
+      at = end;
+    }
   }
 
   const float* candidates(const Tile& tile) const { return p_.candidate_values + tile.first * p_.padded; }
@@ -318,14 +335,33 @@ class Sweep {
 };
 
 void infonce_sweep(Tensor anchors, Tensor rows, Tensor row_class, Tensor own, Tensor num_positives, Tensor candidates,
-                   Tensor column_class, double temperature, bool supcon, bool forward, Tensor loss, Tensor lse,
-                   Tensor weight, std::optional<Tensor> grad, std::optional<Tensor> grad_anchors,
-                   std::optional<Tensor> grad_candidates) {
-  Sweep({rows.size(0), candidates.size(0), anchors.size(1), candidates.size(1), data<float>(anchors), data<int64_t>(rows),
-         data<int32_t>(row_class), data<int64_t>(own), data<int64_t>(num_positives), data<float>(candidates),
-         data<int32_t>(column_class), float(temperature), supcon, forward, data<double>(loss), data<double>(lse),
-         data<double>(weight), data<float>(grad), data<float>(grad_anchors), data<float>(grad_candidates)})
-      .run();
+                   Tensor column_class, Tensor differentiable, double temperature, bool supcon, bool forward,
+                   Tensor loss, Tensor lse, Tensor weight, std::optional<Tensor> grad,
+                   std::optional<Tensor> grad_anchors, std::optional<Tensor> grad_candidates) {
+  const Problem problem{
+      .count = rows.size(0),
+      .candidates = candidates.size(0),
+      .dim = anchors.size(1),
+      .padded = candidates.size(1),
+      .anchor_values = data<float>(anchors),
+      .rows = data<int64_t>(rows),
+      .row_class = data<int32_t>(row_class),
+      .own = data<int64_t>(own),
+      .num_positives = data<int64_t>(num_positives),
+      .candidate_values = data<float>(candidates),
+      .column_class = data<int32_t>(column_class),
+      .differentiable = data<bool>(differentiable),
+      .temperature = float(temperature),
+      .supcon = supcon,
+      .forward = forward,
+      .loss = data<double>(loss),
+      .lse = data<double>(lse),
+      .weight = data<double>(weight),
+      .grad = data<float>(grad),
+      .grad_anchors = data<float>(grad_anchors),
+      .grad_candidates = data<float>(grad_candidates),
+  };
+  Sweep(problem).run();
 }
 
 }  // namespace
@@ -334,13 +370,15 @@ void infonce_sweep(Tensor anchors, Tensor rows, Tensor row_class, Tensor own, Te
 //   anchors float32 [M, D]; rows int64 [m], those that count; row_class int32 [m]
 //   own int64 [m], the candidate that is the anchor itself or -1; num_positives int64 [m]
 //   candidates float32 [n, D'], D' the next multiple of 16 and zeros beyond D; column_class int32 [n]
+//   differentiable bool [n], of which candidates the gradient is wanted
 //   loss, lse, weight float64 [m]: written with `forward`, otherwise lse and weight are read
 //   grad float32 [m], the gradient of each loss; without it no gradient is computed
 //   grad_anchors float32 [M, D], of which the rows that count are written; grad_candidates float32 [n, D'], added to
 STABLE_TORCH_LIBRARY_FRAGMENT(cldf_fast, m) {
   m.def("infonce_sweep(Tensor anchors, Tensor rows, Tensor row_class, Tensor own, Tensor num_positives, "
-        "Tensor candidates, Tensor column_class, float temperature, bool supcon, bool forward, Tensor(a!) loss, "
-        "Tensor(b!) lse, Tensor(c!) weight, Tensor? grad, Tensor(d!)? grad_anchors, Tensor(e!)? grad_candidates) -> ()");
+        "Tensor candidates, Tensor column_class, Tensor differentiable, float temperature, bool supcon, bool forward, "
+        "Tensor(a!) loss, Tensor(b!) lse, Tensor(c!) weight, Tensor? grad, Tensor(d!)? grad_anchors, "
+        "Tensor(e!)? grad_candidates) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cldf_fast, CPU, m) { m.impl("infonce_sweep", TORCH_BOX(&infonce_sweep)); }

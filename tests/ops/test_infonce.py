@@ -360,12 +360,17 @@ GOOD = {
         ({"temperature": 0.0}, ConfigError, "temperature: expected a finite number above 0, got 0.0"),
         ({"temperature": math.nan}, ConfigError, "temperature"),
         ({"temperature": math.inf}, ConfigError, "temperature"),
+        ({"temperature": "0.1"}, ConfigError, "temperature: expected a finite number above 0, got '0.1'"),
+        ({"anchor_labels": [0, 1]}, DataError, r"anchor_labels: expected a tensor, integer \[2\], got list"),
         (
             {"anchor_weight": torch.zeros(3)},
             DataError,
             r"anchor_weight: expected floating \[2\] on cpu, got float32 \[3\]",
         ),
         ({"anchor_weight": torch.zeros(2).long(), "reduction": "sum"}, DataError, "anchor_weight: expected floating"),
+        ({"bank": torch.zeros(4, 3)}, DataError, "bank, bank_labels: expected both or neither, got one of them"),
+        ({"bank": torch.zeros(4, 2), "bank_labels": torch.zeros(4)}, DataError, r"bank: expected float32 \[B, 3\]"),
+        ({"bank": torch.zeros(4, 3), "bank_labels": torch.zeros(4)}, DataError, "bank_labels: expected integer"),
         ({"reduction": "average"}, ConfigError, "reduction: expected one of none, mean, sum, got 'average'"),
         ({"variant": "clip"}, ConfigError, "variant: expected one of per_positive, supcon, got 'clip'"),
         ({"impl": "fastest"}, BackendError, "impl: expected auto or one of .*, got 'fastest'"),
@@ -394,7 +399,7 @@ def test_operators_are_registered_rightly(variant, dtype):
             features = [
                 x.detach().requires_grad_(needed) for x, needed in zip((anchors, candidates), need, strict=True)
             ]
-            arguments = (*features, *labels, None, torch.rand(5), 0.1, variant, *need, impl)
+            arguments = (*features, *labels, None, torch.rand(5), 7, 0.1, variant, *need, impl)
             opcheck(torch.ops.cldf_fast.pixel_infonce_sum.default, arguments)
 
 

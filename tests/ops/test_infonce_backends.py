@@ -247,6 +247,25 @@ def test_one_gradient_alone_is_the_same(impl: str, variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_a_bank_is_more_candidates_without_gradient(impl: str, reduction: str, variant: str) -> None:
+    m, n = sized(impl, 60, 1500)
+    inputs = drawn(m, n, 24, 3)
+    features, labels = [x.requires_grad_() for x in inputs[:2]], inputs[2:]
+    own, options = n // 3, {"variant": variant, "reduction": reduction, "impl": impl}
+    whole = pixel_infonce(*features, *labels, **options)
+    parts = (features[0], features[1][:own], labels[0], labels[1][:own])
+    split = pixel_infonce(*parts, bank=features[1][own:], bank_labels=labels[1][own:], **options)
+    torch.testing.assert_close(split, whole, rtol=1e-6, atol=0)
+    (anchors, candidates), (found_anchors, found) = (
+        torch.autograd.grad(loss.sum(), features) for loss in (whole, split)
+    )
+    torch.testing.assert_close(found_anchors, anchors)
+    torch.testing.assert_close(found[:own], candidates[:own])
+    assert not found[own:].any()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_more_candidates_than_are_held_at_once(variant: str) -> None:
     if backend_report()["pixel_infonce"]["cpu"] != "serving":
         pytest.skip("the compiled extension is absent")

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command: builds the extension, runs the GPU tests, tunes the tiles of the Triton
+# kernels, and measures with the shipped tiles and with the tuned ones. Needs torch with CUDA, Triton, pytest and a C++
+# compiler, and no network. One step that fails does not stop the others: logs and JSON are in the folder.
+#
+#     benchmarks/gpu.sh FOLDER
+set -u
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+out=${1:?usage: benchmarks/gpu.sh FOLDER}
+mkdir -p "$out"
+python=${PYTHON:-python3}
+
+step() {
+  local name=$1 seconds=$2
+  shift 2
+  echo "== $name"
+  timeout "$seconds" "$@" >"$out/$name.log" 2>&1
+  echo "   exit $?, $(tail -n 1 "$out/$name.log" | cut -c 1-200)"
+}
+
+export PYTHONPATH=$PWD
+{
+  nvidia-smi --query-gpu=name,driver_version,clocks.sm,power.limit --format=csv
+  "$python" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
+  git rev-parse HEAD
+} >"$out/machine.txt" 2>&1
+
+step build 300 "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index -e .
+step tests 300 "$python" -m pytest -q -p no:cacheprovider -m gpu tests
+step shipped 200 "$python" benchmarks/bench_infonce.py gpu
+step tune 400 "$python" -m cldf_fast.kernels.tuning "$out/tuned.json"
+if [ -s "$out/tuned.json" ]; then
+  name=$("$python" -c 'import torch; from cldf_fast.kernels import tuning; print(tuning.architecture(torch.device("cuda", 0)))')
+  cp "$out/tuned.json" "kernels/tuned/$name.json"
+  step tuned 200 "$python" benchmarks/bench_infonce.py gpu
+fi
