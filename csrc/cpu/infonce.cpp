@@ -16,13 +16,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 #include <memory>
 #include <optional>
-#include <string>
 #include <vector>
 
+#include "common.h"
 #include "infonce_kernels.h"
 
 namespace {
@@ -35,36 +34,10 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Candidates whose logits against one block are held at once. With more of them every tile is computed twice.
 constexpr int64_t kHeld = 65536;
 
-// The best instruction set that this machine has, or the one that CLDF_FAST_CPU_CAPABILITY names if it is as good.
-const InfonceKernels& choose_kernels() {
-#ifdef CLDF_X86
-  const char* variable = std::getenv("CLDF_FAST_CPU_CAPABILITY");
-  const std::string most = variable ? variable : "avx512";
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx512 && most == "avx512") return avx512::infonce_kernels;
-  if (avx2 && most != "baseline") return avx2::infonce_kernels;
-#endif
-  return baseline::infonce_kernels;
-}
-
 const InfonceKernels& kernels() {
-  static const InfonceKernels& chosen = choose_kernels();
+  static const InfonceKernels& chosen = CLDF_BEST(infonce_kernels);
   return chosen;
 }
-
-template <class T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-template <class T>
-T* data(const std::optional<Tensor>& tensor) {
-  return tensor ? data<T>(*tensor) : nullptr;
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Everything that a sweep reads and writes; see the schema below.
 struct Problem {
