@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cldf_fast.errors import ConfigError, DataError
-from cldf_fast.ops import _dispatch, reference
+from cldf_fast.ops import _dispatch, _native, _triton, reference
 from cldf_fast.ops._arguments import check_tensor, seed_per_image
 
 
@@ -94,4 +96,49 @@ def _(
     return seed.new_empty(batch, num_classes, per_class), seed.new_empty(batch, num_classes)
 
 
+def _on_cpu(
+    labels: Tensor, weight: Tensor | None, seed: Tensor, image_index: Tensor, num_classes: int, per_class: int
+) -> tuple[Tensor, Tensor]:
+    if labels.dtype not in _CPU_DTYPES:
+        labels = labels.to(torch.int64)
+    indices = seed.new_empty(labels.shape[0], num_classes, per_class)
+    counts = seed.new_empty(labels.shape[0], num_classes)
+    torch.ops.cldf_fast.anchor_race(
+        labels.flatten(1).contiguous(),
+        None if weight is None else weight.flatten(1).float().contiguous(),
+        seed.contiguous(),
+        image_index.contiguous(),
+        indices,
+        counts,
+    )
+    return indices, counts
+
+
+_CPU_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+
+
+def _cpu_objection(labels: Tensor, *_: Any) -> str | None:
+    return None if labels.device.type == "cpu" else f"needs tensors on cpu, got them on {labels.device}"
+
+
+def _on_triton(labels: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    from cldf_fast.kernels import anchors
+
+    # Triton launches on the current device, which need not be the one that holds the tensors.
+    with torch.cuda.device_of(labels):
+        return anchors.sample_anchors(labels, *arguments)
+
+
+def _triton_objection(
+    labels: Tensor, weight: Tensor | None, seed: Tensor, image_index: Tensor, num_classes: int, per_class: int
+) -> str | None:
+    limits = {"num_classes": (num_classes, 31), "per_class": (per_class, 2048), "pixels": (labels[:1].numel(), 2**30)}
+    for name, (value, most) in limits.items():
+        if value > most:
+            return f"needs {name} up to {most}, got {value}"
+    return _triton.objection(labels)
+
+
 _dispatch.register("sample_anchors", "reference", reference.sample_anchors)
+_dispatch.register("sample_anchors", "triton", _on_triton, serves=_triton_objection, available=_triton.no_triton)
+_dispatch.register("sample_anchors", "cpu", _on_cpu, serves=_cpu_objection, available=_native.no_operators)

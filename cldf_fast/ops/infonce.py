@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cldf_fast.errors import ConfigError, DataError
-from cldf_fast.ops import _dispatch, _infonce_cpu, _native, reference
+from cldf_fast.ops import _dispatch, _infonce_cpu, _native, _triton, reference
 from cldf_fast.ops._arguments import check_choice, check_tensor
 
 Variant = Literal["per_positive", "supcon"]
@@ -387,24 +385,9 @@ def _cpu_objection(anchors: Tensor) -> str | None:
 
 
 def _triton_objection(anchors: Tensor) -> str | None:
-    if anchors.device.type != "cuda" and not _interpreting():
-        return f"needs tensors on cuda, got them on {anchors.device}"
     if anchors.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"needs float32, float16 or bfloat16, got {str(anchors.dtype).removeprefix('torch.')}"
-    return None
-
-
-def _no_triton() -> str | None:
-    if not importlib.util.find_spec("triton"):
-        return "not installed: triton, which CUDA builds of torch bring"
-    if not torch.cuda.is_available() and not _interpreting():
-        return "no CUDA device"
-    return None
-
-
-def _interpreting() -> bool:
-    """Whether Triton runs its kernels as Python, on any device."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return _triton.objection(anchors)
 
 
 # Triton launches on the current device, which need not be the one that holds the tensors; a CPU tensor changes nothing.
@@ -455,7 +438,7 @@ _register(
     _triton_backward,
     _in_two_passes(_triton_forward, _triton_backward),
     _triton_objection,
-    _no_triton,
+    _triton.no_triton,
 )
 _register(
     "cpu",
