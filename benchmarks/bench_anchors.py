@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_anchors.py --benchmark-json=raw.json
     python -m benchmarks.suite keep raw.json
-    python benchmarks/bench_anchors.py gpu                         # the same on a CUDA device, JSON
+    python -m benchmarks.bench_anchors gpu                          # the same on a CUDA device, JSON
 
 All rivals draw the same numbers of pixels from the same label maps; none reads features.
 """
@@ -146,7 +146,7 @@ def gpu_rows(timer: Callable[[Callable[[], Any]], float], device: str = "cuda") 
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["gpu"]:
-        sys.exit("usage: bench_anchors.py gpu")
+        sys.exit("usage: python -m benchmarks.bench_anchors gpu")
     from triton.testing import do_bench
 
     print(json.dumps(gpu_rows(partial(do_bench, return_mode="median")), indent=1))

@@ -27,10 +27,10 @@ export PYTHONPATH=$PWD
 
 step build 300 "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index -e .
 step tests 300 "$python" -m pytest -q -p no:cacheprovider -m gpu tests
-step shipped 200 "$python" benchmarks/bench_infonce.py gpu
+step shipped 200 "$python" -m benchmarks.bench_infonce gpu
 step tune 400 "$python" -m cldf_fast.kernels.tuning "$out/tuned.json"
 if [ -s "$out/tuned.json" ]; then
   name=$("$python" -c 'import torch; from cldf_fast.kernels import tuning; print(tuning.architecture(torch.device("cuda", 0)))')
   cp "$out/tuned.json" "kernels/tuned/$name.json"
-  step tuned 200 "$python" benchmarks/bench_infonce.py gpu
+  step tuned 200 "$python" -m benchmarks.bench_infonce gpu
 fi

@@ -74,10 +74,7 @@ def _sweep(
     """
     anchors = anchors.float().contiguous()
     dim = candidates.shape[1]
-    # Whole vectors of any instruction set.
-    padding = -dim % 16
-    gathered = candidates.float()[plan.columns]
-    gathered = F.pad(gathered, (0, padding)) if padding else gathered
+    gathered = _in_order_of_classes(candidates, plan)
     grad_anchors = torch.zeros_like(anchors) if need_anchors else None
     sorted_gradient = torch.zeros_like(gathered) if need_candidates else None
     torch.ops.cldf_fast.infonce_sweep(
@@ -106,6 +103,12 @@ def _sweep(
         anchors.new_empty(0) if grad_anchors is None else grad_anchors,
         anchors.new_empty(0) if grad_candidates is None else grad_candidates,
     )
+
+
+def _in_order_of_classes(candidates: Tensor, plan: _Plan) -> Tensor:
+    """float32 [n, D'], the features filled up to whole vectors of any instruction set."""
+    gathered, padding = candidates.float()[plan.columns], -candidates.shape[1] % 16
+    return F.pad(gathered, (0, padding)) if padding else gathered
 
 
 def pixel_infonce(
@@ -176,12 +179,19 @@ def pixel_infonce_sum(
     variant: str,
     need_anchors: bool,
     need_candidates: bool,
+    shared: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As the operator of this name, the logits computed once for the loss and both gradients."""
     plan = _Plan.of(anchor_labels, candidate_labels, self_index)
-    state = torch.zeros(3, len(plan.rows), dtype=torch.float64)
     grad = torch.ones(len(plan.rows)) if anchor_weight is None else anchor_weight[plan.rows].float()
-    grads = _sweep(
+    if shared and variant == "supcon" and _is_symmetric(anchor_labels, candidate_labels, self_index):
+        without_self = self_index is not None
+        found = _self_sweep(plan, anchors, temperature, grad, without_self=without_self, need_gradient=need_anchors)
+        if found is not None:
+            loss, gradient = found
+            return loss, grad.double().sum().float(), gradient, anchors.new_empty(0, dtype=torch.float32)
+    state = torch.zeros(3, len(plan.rows), dtype=torch.float64)
+    grad_anchors, grad_candidates = _sweep(
         plan,
         anchors,
         candidates,
@@ -191,7 +201,53 @@ def pixel_infonce_sum(
         forward=True,
         grad=grad,
         need_anchors=need_anchors,
-        need_candidates=need_candidates,
+        need_candidates=need_candidates or (shared and need_anchors),
         num_differentiable=num_differentiable,
     )
-    return (state[0] * grad).sum().float(), grad.double().sum().float(), *grads
+    if shared and need_anchors:
+        grad_anchors, grad_candidates = grad_anchors.add_(grad_candidates), anchors.new_empty(0, dtype=torch.float32)
+    return (state[0] * grad).sum().float(), grad.double().sum().float(), grad_anchors, grad_candidates
+
+
+def _is_symmetric(anchor_labels: Tensor, candidate_labels: Tensor, self_index: Tensor | None) -> bool:
+    """Whether anchors and candidates, whose features are the same, play the same role too."""
+    if not torch.equal(anchor_labels, candidate_labels):
+        return False
+    return self_index is None or torch.equal(self_index, torch.arange(len(self_index)))
+
+
+def _self_sweep(
+    plan: _Plan, features: Tensor, temperature: float, grad: Tensor, *, without_self: bool, need_gradient: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Weighted sum of the losses and its gradient float32 [M, D] for features against themselves.
+
+    None where exponentials of their logits do not fit into float32 side by side.
+    """
+    values = _in_order_of_classes(features, plan)
+    limit = float(values.square().sum(dim=1).amax()) / temperature if len(values) else 0.0
+    if not limit <= 40:
+        return None
+    place = torch.full((len(features),), -1).index_copy_(0, plan.columns, torch.arange(len(plan.columns)))[plan.rows]
+    num_positives = torch.zeros_like(plan.columns).index_copy_(0, place, plan.num_positives)
+    weight = torch.zeros(len(values)).index_copy_(0, place, grad)
+    loss = torch.zeros(len(values), dtype=torch.float64)
+    gradient = torch.zeros_like(values) if need_gradient else None
+    torch.ops.cldf_fast.infonce_self_sweep(
+        values,
+        plan.column_class,
+        num_positives,
+        weight,
+        features.shape[1],
+        temperature,
+        limit,
+        without_self,
+        loss,
+        gradient,
+    )
+    # Before the gradient gets memory in the caller's order: the peak is what users pay.
+    del values
+    total = (loss * weight).sum().float()
+    if gradient is None:
+        return total, features.new_empty(0, dtype=torch.float32)
+    dim = features.shape[1]
+    return total, torch.zeros(features.shape).index_copy_(0, plan.columns, gradient[:, :dim])

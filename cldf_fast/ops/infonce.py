@@ -145,7 +145,11 @@ def pixel_infonce_sum(
         check_tensor("anchor_weight", anchor_weight, "floating", (anchors.shape[0],), anchors)
         anchor_weight = anchor_weight.detach()
     needed = [torch.is_grad_enabled() and x.requires_grad for x in (anchors, candidates)]
-    options = (candidates.shape[0], temperature, variant, *needed)
+    shared = anchors is candidates and bank is None
+    if shared:
+        # Both roles' gradients come back as one, for the anchors.
+        arguments, needed[1] = (arguments[0], arguments[1].detach(), *arguments[2:]), False
+    options = (candidates.shape[0], temperature, variant, *needed, shared)
     total, weight, _, _ = _pixel_infonce_sum(*arguments, anchor_weight, *options, impl)
     return total, weight
 
@@ -280,7 +284,8 @@ _pixel_infonce.register_autograd(_differentiate, setup_context=_save_for_backwar
 
 
 # The gradients of the sum are outputs, in fp32 at least: their scale is not yet that of the loss. That of the
-# candidates is 0 from row num_differentiable on.
+# candidates is 0 from row num_differentiable on. With `shared` anchors and candidates are the same features, and the
+# gradient of the anchors is that of both roles.
 @torch.library.custom_op("cldf_fast::pixel_infonce_sum", mutates_args=())
 def _pixel_infonce_sum(
     anchors: Tensor,
@@ -294,10 +299,11 @@ def _pixel_infonce_sum(
     variant: str,
     need_anchors: bool,
     need_candidates: bool,
+    shared: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = (anchors, candidates, anchor_labels, candidate_labels, self_index, anchor_weight)
-    options = (num_differentiable, temperature, variant, need_anchors, need_candidates)
+    options = (num_differentiable, temperature, variant, need_anchors, need_candidates, shared)
     return _dispatch.run("pixel_infonce_sum", impl, *inputs, *options)
 
 
@@ -314,6 +320,7 @@ def _(
     variant: str,
     need_anchors: bool,
     need_candidates: bool,
+    shared: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(anchors.dtype, torch.float32)
@@ -359,6 +366,7 @@ def _in_two_passes(forward: Callable[..., Any], backward: Callable[..., Any]) ->
         variant: str,
         need_anchors: bool,
         need_candidates: bool,
+        shared: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inputs = (anchors, candidates, anchor_labels, candidate_labels, self_index, temperature, variant)
         loss, lse, weight, num_positives = forward(*inputs)
@@ -368,9 +376,12 @@ def _in_two_passes(forward: Callable[..., Any], backward: Callable[..., Any]) ->
         gradients = loss.new_empty(0), loss.new_empty(0)
         if need_anchors or need_candidates:
             state = (counted, lse, weight, num_positives)
-            gradients = backward(*state, *inputs, need_anchors, need_candidates, dtype=loss.dtype)
+            of_candidates = need_candidates or (shared and need_anchors)
+            gradients = backward(*state, *inputs, need_anchors, of_candidates, dtype=loss.dtype)
             if need_candidates:
                 gradients[1][num_differentiable:] = 0
+            if shared and need_anchors:
+                gradients = gradients[0] + gradients[1], loss.new_empty(0)
         return (loss * counted).sum(), counted.sum(), *gradients
 
     return run

@@ -45,6 +45,14 @@ struct InfonceKernels {
   // denominator. From the positives pull is subtracted; with kept_positives, minus pull times what stands there is put.
   // All three are [kGroup].
   void (*weigh)(const Columns& tile, bool kept_positives, const float* push, const float* gap, const float* pull);
+
+  // Adds exp(s - shift) of the logits s to lane_sum [kGroup] and, unless it is null, to row_sum [rows]; shift [kGroup].
+  void (*add_exponentials)(const float* values, int64_t stride, int64_t rows, const float* shift, double* lane_sum,
+                           double* row_sum);
+
+  // Replaces the logits s by exp(s - shift) (lane + row); shift, lane [kGroup], row [rows].
+  void (*weigh_exponentials)(float* values, int64_t stride, int64_t rows, const float* shift, const float* lane,
+                             const float* row);
 };
 
 namespace baseline {

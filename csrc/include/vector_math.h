@@ -39,6 +39,15 @@ CLDF_INLINE void store(float* to, Floats values) { std::memcpy(to, &values, size
 
 CLDF_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 
+// The sum of a vector's lanes, halves at a time.
+CLDF_INLINE float sum_of(Floats values) {
+  float lanes[kLanes];
+  store(lanes, values);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
 // exp(x) for x <= 88, within 2 units in the last place; 0 below -87.3 (minus infinity too); NaN stays NaN.
 // exp(x) = 2^n exp(r) with r = x - n ln 2, |r| <= ln(2) / 2, by the polynomial of Cephes (S. Moshier).
 CLDF_INLINE Floats exponential(Floats x) {

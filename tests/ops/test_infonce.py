@@ -399,8 +399,11 @@ def test_operators_are_registered_rightly(variant, dtype):
             features = [
                 x.detach().requires_grad_(needed) for x, needed in zip((anchors, candidates), need, strict=True)
             ]
-            arguments = (*features, *labels, None, torch.rand(5), 7, 0.1, variant, *need, impl)
+            arguments = (*features, *labels, None, torch.rand(5), 7, 0.1, variant, *need, False, impl)
             opcheck(torch.ops.cldf_fast.pixel_infonce_sum.default, arguments)
+        features = candidates.detach().requires_grad_(), candidates.detach()
+        arguments = (*features, labels[1], labels[1], None, torch.rand(9), 9, 0.1, variant, True, False, True, impl)
+        opcheck(torch.ops.cldf_fast.pixel_infonce_sum.default, arguments)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -414,8 +417,10 @@ def test_compiles_into_one_graph_with_its_gradient(reduction, variant):
         return loss.sum() / valid.sum().clamp_min(1)
 
     compiled = torch.compile(mean, fullgraph=True, backend="aot_eager", dynamic=True)
-    for m, n in ((7, 12), (9, 15)):
+    for m, n in ((7, 12), (9, 15), (9, 9)):
         anchors, candidates, *labels = case(m, n, 4)
+        if m == n:  # features against themselves
+            candidates = anchors
         features = anchors.requires_grad_(), candidates.requires_grad_()
         for ours, eager in zip(
             torch.autograd.grad(compiled(*features, *labels), features),

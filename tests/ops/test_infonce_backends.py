@@ -146,15 +146,55 @@ def test_features_of_any_length(impl: str, scale: float, variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_anchors_are_candidates(impl: str, variant: str) -> None:
-    (count,) = sized(impl, 515)
-    features, _, labels, _ = drawn(count, 1, 40, 3)
-    results = []
-    for dtype, backend in ((torch.float64, "reference"), (torch.float32, impl)):
-        x = features.to(dtype).requires_grad_()
-        loss = pixel_infonce(x, x, labels, labels, self_index=torch.arange(count), variant=variant, impl=backend)
-        results.append(torch.autograd.grad(loss.sum(), x)[0])
-    assert relative(results[1], results[0]) < tolerance_of(impl, torch.float32)
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize(
+    ("count", "dim", "classes", "temperature", "scale"),
+    [(1, 7, 1, 0.1, 1), (15, 17, 3, 0.1, 1), (507, 64, 2, 0.07, 1), (515, 40, 3, 0.1, 1), (129, 252, 60, 10.0, 1),
+     (60, 16, 3, 0.01, 1), (60, 16, 3, 0.1, 4)],
+)  # fmt: skip
+def test_features_against_themselves(
+    impl: str, count: int, dim: int, classes: int, temperature: float, scale: float, reduction: str, variant: str
+) -> None:
+    (count,) = sized(impl, count)
+    features, _, labels, _ = drawn(count, 1, dim, classes)
+    weight = torch.rand(count, dtype=torch.float64)
+    owns = (torch.arange(count), None, torch.randint(-1, count, (count,)))
+    # An interpreter takes its time, and has no kernel of its own for this.
+    for own in owns[:1] if impl == "triton" else owns:
+        results = []
+        for dtype, backend in ((torch.float64, "reference"), (torch.float32, impl)):
+            x = (scale * features).to(dtype).requires_grad_()
+            loss = pixel_infonce(
+                x,
+                x,
+                labels,
+                labels,
+                self_index=own,
+                temperature=temperature,
+                variant=variant,
+                anchor_weight=weight.to(dtype),
+                reduction=reduction,
+                impl=backend,
+            )
+            results.append((loss.detach(), torch.autograd.grad(-2 * loss.sum(), x)[0]))
+        tolerance = tolerance_of(impl, torch.float32) * (1 if temperature > 0.05 and scale == 1 else 5)
+        for exact, found in zip(*results, strict=True):
+            assert relative(found, exact) < tolerance
+            assert not found[exact == 0].any()
+
+
+def test_features_against_themselves_leave_other_roles_alone(impl: str) -> None:
+    """The same values under two names are two tensors with a gradient each; labels may differ between the roles."""
+    features, _, labels, _ = drawn(40, 1, 8, 3)
+    other = labels.roll(1)
+    one, two = (features.clone().requires_grad_() for _ in range(2))
+    options = {"variant": "supcon", "reduction": "mean", "impl": impl}
+    apart = torch.autograd.grad(pixel_infonce(one, two, labels, other, **options), (one, two))
+    (both,) = torch.autograd.grad(pixel_infonce(one, one, labels, other, **options), one)
+    torch.testing.assert_close(both, apart[0] + apart[1])
+    with torch.no_grad():
+        without = pixel_infonce(one, one, labels, labels, **options)
+    torch.testing.assert_close(without, pixel_infonce(one, one, labels, labels, **options).detach())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

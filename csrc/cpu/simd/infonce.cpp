@@ -231,8 +231,42 @@ void weigh(const Columns& tile, bool kept_positives, const float* push, const fl
   });
 }
 
+void add_exponentials(const float* values, int64_t stride, int64_t rows, const float* shift, double* lane_sum,
+                      double* row_sum) {
+  each_part([&](int64_t lane) {
+    const Vectors shifts = load_all(shift + lane);
+    for (int64_t begin = 0; begin < rows; begin += kFloatRows) {
+      Vectors total = filled(0.0f);
+      for (int64_t row = begin; row < least(begin + kFloatRows, rows); ++row) {
+        Floats of_row{};
+        for (int64_t v = 0; v < kWide; ++v) {
+          const Floats e = exponential(load(values + row * stride + lane + v * kLanes) - shifts.lanes[v]);
+          total.lanes[v] += e;
+          of_row += e;
+        }
+        if (row_sum) row_sum[row] += double(sum_of(of_row));
+      }
+      add_all(lane_sum + lane, total);
+    }
+  });
+}
+
+void weigh_exponentials(float* values, int64_t stride, int64_t rows, const float* shift, const float* lane_weight,
+                        const float* row_weight) {
+  each_part([&](int64_t lane) {
+    const Vectors shifts = load_all(shift + lane), weights = load_all(lane_weight + lane);
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t v = 0; v < kWide; ++v) {
+        float* at = values + row * stride + lane + v * kLanes;
+        store(at, exponential(load(at) - shifts.lanes[v]) * (weights.lanes[v] + row_weight[row]));
+      }
+  });
+}
+
 }  // namespace
 
-extern const InfonceKernels infonce_kernels{multiply, add_positives, exponentiate, compare_positives, weigh};
+extern const InfonceKernels infonce_kernels{
+    multiply, add_positives, exponentiate, compare_positives, weigh, add_exponentials, weigh_exponentials,
+};
 
 }  // namespace cldf_fast::CLDF_ISA
