@@ -11,6 +11,7 @@ from torch import Tensor
 from cldf_fast.config import make_config
 from cldf_fast.errors import CheckpointError, DataError
 from cldf_fast.evidence import pixel_labels
+from cldf_fast.ops import sample_anchors
 from cldf_fast.pipeline import CLDF
 
 
@@ -169,3 +170,21 @@ def test_evidence_of_the_image_itself_shifts_the_decision(tiny_cldf: CLDF) -> No
     torch.testing.assert_close(
         weighing(0.7).segment(x, labels, evidence).probability[shown], weighed.probability[shown]
     )
+
+
+def test_every_backend_gives_the_same_masks(tiny_cldf: CLDF, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, present = images(12), torch.rand(12, 3) < 0.6
+    tiny_cldf.config = make_config({**tiny_cldf.config.model_dump(), "segmentation": {"evidence_weight": 0.5}})
+    results = []
+    for impl in ("reference", "auto"):
+        monkeypatch.setenv("CLDF_FAST_IMPL", impl)
+        evidence = tiny_cldf.evidence(x)
+        labels = pixel_labels(evidence, present, (0.5, 0.1, 0.4, 0.5)).labels
+        anchors, _ = sample_anchors(labels, num_classes=4, per_class=6, seed=1)
+        results.append((evidence, labels, anchors, tiny_cldf.segment(x, present, evidence)))
+    (evidence, labels, anchors, segmentation), (other, *rest, other_segmentation) = results
+    torch.testing.assert_close(other.gradient_map, evidence.gradient_map, rtol=0, atol=1e-4)
+    assert labels.unique().tolist() == [-1, 0, 1, 2, 3]
+    assert torch.equal(rest[0], labels)
+    assert torch.equal(rest[1], anchors)
+    assert torch.equal(other_segmentation.mask, segmentation.mask)
