@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from cldf_fast.errors import ConfigError, DataError
-from cldf_fast.ops import _dispatch, reference
+from cldf_fast.ops import _dispatch, _native, _saliency_cpu, reference
 from cldf_fast.ops._arguments import check_choice, check_tensor, describe, seed_per_image
 
 Reduce = Literal["max_abs", "sum_abs", "l2"]
@@ -214,7 +215,24 @@ def _(gradient_map: Tensor, *_: Any) -> Tensor:
     return gradient_map.new_empty(batch, height, width, dtype=torch.int8)
 
 
-_dispatch.register("pixel_seed", "reference", reference.pixel_seed)
-_dispatch.register("noised_batch", "reference", reference.noised_batch)
-_dispatch.register("gradient_saliency", "reference", reference.gradient_saliency)
-_dispatch.register("fuse_evidence", "reference", reference.fuse_evidence)
+def _cpu_objection(first: Tensor, *_: Any) -> str | None:
+    if first.device.type != "cpu":
+        return f"needs tensors on cpu, got them on {first.device}"
+    if first.dtype == torch.float64:
+        return "needs float32, float16 or bfloat16, got float64"
+    return None
+
+
+def _register(
+    backend: str,
+    functions: Any,
+    serves: Callable[..., str | None] = lambda *_: None,
+    available: Callable[[], str | None] = lambda: None,
+) -> None:
+    """The four operations on one backend, from a module that has a function of each one's name."""
+    for op in ("pixel_seed", "noised_batch", "gradient_saliency", "fuse_evidence"):
+        _dispatch.register(op, backend, getattr(functions, op), serves=serves, available=available)
+
+
+_register("reference", reference)
+_register("cpu", _saliency_cpu, _cpu_objection, _native.no_operators)

@@ -1,0 +1,324 @@
+// Around the classifier's forward and backward on the CPU: seeds, noised copies, gradient maps, pixel labels.
+//
+// Tensors are walked in chunks of pixels, whose state stays in the fastest cache, and the gradient is read once, as it
+// lies. Results do not depend on the number of threads: the cut into chunks is a matter of the shape alone, and what
+// chunks add up is added in their order.
+//
+// The arithmetic of an element is in csrc/include/saliency.h; what is to come out, in cldf_fast/ops/reference.py.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "common.h"
+#include "saliency_kernels.h"
+
+namespace {
+
+using namespace cldf_fast;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+const SaliencyKernels& kernels() {
+  static const SaliencyKernels& chosen = CLDF_BEST(saliency_kernels);
+  return chosen;
+}
+
+Dtype dtype_of(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  return type == ScalarType::Float ? Dtype::float32 : type == ScalarType::Half ? Dtype::float16 : Dtype::bfloat16;
+}
+
+// Elements that are worth a thread of their own, where each takes about a nanosecond.
+constexpr int64_t kWorthAThread = 16384;
+
+// --- Walking over pixels ----------------------------------------------------------------------------------------------
+
+// The pixels of [H, W] as runs with the same distance from each pixel to the next: all of them, or a run for each row.
+struct Walk {
+  int64_t runs, length;
+
+  int64_t per_run() const { return ceil_div(length, kChunk); }
+  int64_t chunks() const { return runs * per_run(); }
+};
+
+struct Chunk {
+  int64_t run, x, count, pixel;  // pixel: its first one's place in [H, W]
+};
+
+Chunk chunk_at(const Walk& walk, int64_t index) {
+  const int64_t run = index / walk.per_run(), x = index % walk.per_run() * kChunk;
+  return {run, x, std::min(kChunk, walk.length - x), run * walk.length + x};
+}
+
+// Calls f(index, chunk) for all chunks, the threads sharing them.
+template <class F>
+void each_chunk(const Walk& walk, F f) {
+  const int64_t grain = ceil_div(kWorthAThread, std::clamp(walk.length, int64_t{1}, kChunk));
+  torch::stable::parallel_for(0, walk.chunks(), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) f(index, chunk_at(walk, index));
+  });
+}
+
+// A tensor that ends in [H, W], in any layout.
+class Maps {
+ public:
+  explicit Maps(const Tensor& tensor)
+      : data_(data<char>(tensor)), dtype_(dtype_of(tensor)), element_size_(dtype_ == Dtype::float32 ? 4 : 2) {
+    for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
+      sizes_.push_back(tensor.size(axis));
+      strides_.push_back(tensor.stride(axis));
+    }
+  }
+
+  int64_t size(int64_t axis) const { return sizes_[axis]; }
+  int64_t stride(int64_t axis) const { return strides_[axis]; }
+  int64_t height() const { return sizes_[sizes_.size() - 2]; }
+  int64_t width() const { return sizes_.back(); }
+
+  bool rows_follow_each_other() const {
+    return height() == 1 || width() == 1 || strides_[strides_.size() - 2] == width() * strides_.back();
+  }
+
+  // The pixels from a chunk's first on, `offset` elements beyond the tensor's first.
+  Values at(int64_t offset, const Chunk& chunk) const {
+    const int64_t row_stride = strides_[strides_.size() - 2], stride = width() == 1 ? row_stride : strides_.back();
+    return {data_ + (offset + chunk.run * row_stride + chunk.x * stride) * element_size_, dtype_, stride};
+  }
+
+ private:
+  const char* data_;
+  Dtype dtype_;
+  int64_t element_size_;
+  std::vector<int64_t> sizes_, strides_;
+};
+
+Walk walk_over(const Maps& maps, bool in_one_run) {
+  return in_one_run ? Walk{1, maps.height() * maps.width()} : Walk{maps.height(), maps.width()};
+}
+
+// --- Seeds and noise --------------------------------------------------------------------------------------------------
+
+void pixel_seed(Tensor x, Tensor seeds) {
+  const int64_t batch = x.size(0), elements = batch ? x.numel() / batch : 0;
+  const Walk walk{batch, elements};
+  const Dtype dtype = dtype_of(x);
+  const char* values = data<char>(x);
+  int64_t* seed = data<int64_t>(seeds);
+  std::vector<uint64_t> sums(walk.chunks());
+  each_chunk(walk, [&](int64_t index, const Chunk& chunk) {
+    sums[index] = kernels().hash(values + chunk.pixel * int64_t(x.element_size()), dtype, chunk.count, chunk.x);
+  });
+  for (int64_t b = 0; b < batch; ++b) {
+    const auto first = sums.begin() + b * walk.per_run();
+    seed[b] = int64_t(mix64(std::accumulate(first, first + walk.per_run(), uint64_t{0})));
+  }
+}
+
+void noised_batch(Tensor x, Tensor alpha_bar, Tensor seeds, Tensor noised) {
+  const int64_t batch = x.size(0), levels = alpha_bar.size(0), elements = batch ? x.numel() / batch : 0;
+  const int64_t element_size = x.element_size();
+  const Dtype dtype = dtype_of(x);
+  const char* values = data<char>(x);
+  char* out = data<char>(noised);
+  const int64_t* seed = data<int64_t>(seeds);
+  const double* signal_share = data<double>(alpha_bar);
+  each_chunk(Walk{levels * batch, elements}, [&](int64_t, const Chunk& chunk) {
+    const int64_t level = chunk.run / batch, b = chunk.run % batch;
+    kernels().add_noise(values + (b * elements + chunk.x) * element_size, dtype, chunk.count, uint64_t(seed[b]), level,
+                        chunk.x / 4, noise_scales(signal_share[level]), out + chunk.pixel * element_size);
+  });
+}
+
+// --- Saliency ---------------------------------------------------------------------------------------------------------
+
+// The blur along an axis: out[i] = sum over t of taps[t] * in[sources[i + t]].
+class Gaussian {
+ public:
+  Gaussian(double sigma, int64_t size) {
+    const int64_t radius = gaussian_radius(sigma), period = mirror_period(size);
+    // Beyond a period of the mirrored axis the taps meet the same pixels again.
+    const bool folded = 2 * radius + 1 > period;
+    first = folded ? 0 : -radius;
+    taps.resize(folded ? period : 2 * radius + 1);
+    double total = 0.0;
+    for (int64_t offset = -radius; offset <= radius; ++offset) total += gaussian_tap(offset, sigma);
+    for (int64_t offset = -radius; offset <= radius; ++offset) {
+      const int64_t place = folded ? (offset % period + period) % period : offset - first;
+      taps[place] += gaussian_tap(offset, sigma) / total;
+    }
+    sources.resize(size + taps.size() - 1);
+    for (size_t i = 0; i < sources.size(); ++i) sources[i] = mirrored(first + int64_t(i), size);
+  }
+
+  int64_t first;
+  std::vector<double> taps;
+  std::vector<int64_t> sources;
+};
+
+// The value at `rank`, counted from 1, of finite values >= 0 in ascending order: by bisection over their bits, on ever
+// fewer of them. scratch: as long as values.
+double order_statistic(const double* values, int64_t count, int64_t rank, double least, double most, double* scratch) {
+  constexpr int64_t kFew = 128;
+  int64_t before = kernels().count_up_to(values, count, least), up_to = count;
+  if (rank <= before) return least;
+  // The value is above the lower bound and up to the upper one; `before` values are up to the former.
+  uint64_t low = order_bits(least), high = order_bits(most);
+  while (high - low > 1) {
+    const uint64_t middle = low + (high - low) / 2;
+    const int64_t found = kernels().count_up_to(values, count, from_order_bits(middle));
+    (found < rank ? low : high) = middle;
+    (found < rank ? before : up_to) = found;
+    if (up_to - before > std::max(count / 8, kFew)) continue;
+    count = up_to = kernels().collect(values, count, from_order_bits(low), from_order_bits(high), scratch);
+    values = scratch;
+    rank -= before;
+    before = 0;
+    if (count > kFew) continue;
+    std::nth_element(scratch, scratch + rank - 1, scratch + count);
+    return scratch[rank - 1];
+  }
+  return from_order_bits(high);
+}
+
+class SaliencyMaps {
+ public:
+  SaliencyMaps(const Tensor& grad, Reduce reduce, double percentile, double sigma, bool level_norm, float* out)
+      : grad_(grad),
+        reduce_(reduce),
+        level_norm_(level_norm),
+        blurs_(sigma > 0.0),
+        vertical_(blurs_ ? sigma : 0.0, grad_.height()),
+        horizontal_(blurs_ ? sigma : 0.0, grad_.width()),
+        walk_(walk_over(grad_, grad_.rows_follow_each_other())),
+        pixels_(grad_.height() * grad_.width()),
+        rank_(percentile_rank(percentile, pixels_)),
+        out_(out) {}
+
+  void run() const {
+    const auto images = [&](int64_t begin, int64_t end) {
+      const std::unique_ptr<double[]> map(new double[pixels_]), saliency(new double[pixels_]);
+      for (int64_t b = begin; b < end; ++b) image(b, map.get(), saliency.get());
+    };
+    // Threads take images, or share each one where there are fewer images than threads.
+    const int64_t batch = grad_.size(1), threads = torch::stable::get_num_threads();
+    if (batch < std::min(threads, walk_.chunks()))
+      images(0, batch);
+    else
+      torch::stable::parallel_for(0, batch, ceil_div(kWorthAThread, pixels_ * grad_.size(0) * grad_.size(2)), images);
+  }
+
+ private:
+  void image(int64_t b, double* map, double* saliency) const {
+    const int64_t levels = grad_.size(0);
+    float* out = out_ + b * pixels_;
+    std::fill_n(saliency, pixels_, 0.0);
+    for (int64_t level = 0; level < levels; ++level) {
+      const double total = magnitudes(level, b, map);
+      if (!is_finite(total)) {
+        std::fill_n(out, pixels_, std::numeric_limits<float>::quiet_NaN());
+        return;
+      }
+      const double share = level_norm_ ? divide_or_zero(double(pixels_), total) : 1.0;
+      each_chunk({1, pixels_}, [&](int64_t, const Chunk& chunk) {
+        kernels().accumulate(map + chunk.pixel, share / double(levels), chunk.count, saliency + chunk.pixel);
+      });
+    }
+    if (blurs_) {
+      blur(saliency, map);
+      std::swap(saliency, map);
+    }
+    double least, most;
+    kernels().extremes(saliency, pixels_, &least, &most);
+    const double upper = order_statistic(saliency, pixels_, rank_, least, most, map);
+    kernels().scale(saliency, saliency_scale(upper, most), pixels_, out);
+  }
+
+  // The map of an image at a level; returns its sum.
+  double magnitudes(int64_t level, int64_t b, double* map) const {
+    const int64_t offset = level * grad_.stride(0) + b * grad_.stride(1);
+    std::vector<double> sums(walk_.chunks());
+    each_chunk(walk_, [&](int64_t index, const Chunk& chunk) {
+      sums[index] = kernels().reduce(reduce_, grad_.at(offset, chunk), grad_.size(2), grad_.stride(2), chunk.count,
+                                     map + chunk.pixel);
+    });
+    return std::accumulate(sums.begin(), sums.end(), 0.0);
+  }
+
+  // A row at a time, along the columns into a row that is then continued beyond its ends, and along that one.
+  void blur(const double* in, double* out) const {
+    const int64_t height = grad_.height(), width = grad_.width(), grain = ceil_div(kWorthAThread / 16, width);
+    const int64_t above = vertical_.taps.size(), across = horizontal_.taps.size();
+    torch::stable::parallel_for(0, height, grain, [&](int64_t begin, int64_t end) {
+      std::vector<const double*> rows(std::max(above, across));
+      std::vector<double> row(width), continued(width + across - 1);
+      for (int64_t y = begin; y < end; ++y) {
+        for (int64_t t = 0; t < above; ++t) rows[t] = in + vertical_.sources[y + t] * width;
+        kernels().blur(rows.data(), vertical_.taps.data(), above, width, row.data());
+        for (size_t x = 0; x < continued.size(); ++x) continued[x] = row[horizontal_.sources[x]];
+        for (int64_t t = 0; t < across; ++t) rows[t] = continued.data() + t;
+        kernels().blur(rows.data(), horizontal_.taps.data(), across, width, out + y * width);
+      }
+    });
+  }
+
+  const Maps grad_;  // [T, B, C, H, W]
+  const Reduce reduce_;
+  const bool level_norm_, blurs_;
+  const Gaussian vertical_, horizontal_;
+  const Walk walk_;
+  const int64_t pixels_, rank_;
+  float* const out_;
+};
+
+void gradient_saliency(Tensor grad, std::string reduce, double percentile, double sigma, bool level_norm, Tensor maps) {
+  const Reduce by = reduce == "max_abs" ? Reduce::max_abs : reduce == "sum_abs" ? Reduce::sum_abs : Reduce::l2;
+  SaliencyMaps(grad, by, percentile, sigma, level_norm, data<float>(maps)).run();
+}
+
+// --- Fusion -----------------------------------------------------------------------------------------------------------
+
+void fuse_evidence(Tensor gradient_map, Tensor cam, Tensor image_label, std::vector<double> thresholds, Tensor labels) {
+  const Maps gradients(gradient_map), cams(cam);
+  const int64_t batch = gradients.size(0), classes = gradients.size(1), pixels = gradients.height() * gradients.width();
+  const Thresholds at{float(thresholds[0]), float(thresholds[1]), float(thresholds[2]), float(thresholds[3])};
+  const bool* present = data<bool>(image_label);
+  int8_t* out = data<int8_t>(labels);
+  const Walk walk = walk_over(gradients, gradients.rows_follow_each_other() && cams.rows_follow_each_other());
+  for (int64_t b = 0; b < batch; ++b)
+    each_chunk(walk, [&](int64_t, const Chunk& chunk) {
+      kernels().fuse(gradients.at(b * gradients.stride(0), chunk), gradients.stride(1),
+                     cams.at(b * cams.stride(0), chunk), cams.stride(1), present + b * classes, classes, at,
+                     chunk.count, out + b * pixels + chunk.pixel);
+    });
+}
+
+}  // namespace
+
+// float32, float16 or bfloat16, and contiguous unless stated otherwise. The last tensor is written.
+//   pixel_seed:        x [B, C, H, W]; seeds int64 [B]
+//   noised_batch:      x [B, C, H, W]; alpha_bar float64 [T]; seeds int64 [B]; noised [T, B, C, H, W] or so, dtype of x
+//   gradient_saliency: grad [T, B, C, H, W] in any layout; maps float32 [B, H, W]
+//   fuse_evidence:     gradient_map, cam [B, K, H, W] in any layout; image_label bool [B, K]; labels int8 [B, H, W]
+STABLE_TORCH_LIBRARY_FRAGMENT(cldf_fast, m) {
+  m.def("pixel_seed_out(Tensor x, Tensor(a!) seeds) -> ()");
+  m.def("noised_batch_out(Tensor x, Tensor alpha_bar, Tensor seeds, Tensor(a!) noised) -> ()");
+  m.def("gradient_saliency_out(Tensor grad, str reduce, float percentile, float sigma, bool level_norm, "
+        "Tensor(a!) maps) -> ()");
+  m.def("fuse_evidence_out(Tensor gradient_map, Tensor cam, Tensor image_label, float[] thresholds, "
+        "Tensor(a!) labels) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cldf_fast, CPU, m) {
+  m.impl("pixel_seed_out", TORCH_BOX(&pixel_seed));
+  m.impl("noised_batch_out", TORCH_BOX(&noised_batch));
+  m.impl("gradient_saliency_out", TORCH_BOX(&gradient_saliency));
+  m.impl("fuse_evidence_out", TORCH_BOX(&fuse_evidence));
+}
