@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -37,8 +38,11 @@ Dtype dtype_of(const Tensor& tensor) {
   return type == ScalarType::Float ? Dtype::float32 : type == ScalarType::Half ? Dtype::float16 : Dtype::bfloat16;
 }
 
-// Elements that are worth a thread of their own, where each takes about a nanosecond.
-constexpr int64_t kWorthAThread = 16384;
+// Nanoseconds of work that are worth a thread of their own, and what the work of elements takes on one, about.
+constexpr double kWorthAThread = 8000;
+constexpr double kHashTime = 0.5, kNoiseTime = 2.5, kReduceTime = 0.15, kCombineTime = 0.1, kFuseTime = 0.4;
+
+int64_t worth_a_thread(double nanoseconds_each) { return int64_t(std::ceil(kWorthAThread / nanoseconds_each)); }
 
 // --- Walking over pixels ----------------------------------------------------------------------------------------------
 
@@ -55,10 +59,10 @@ struct Chunk {
   int64_t index, run, x, count, pixel;
 };
 
-// Calls f(map, chunk) for all chunks of some maps, the threads sharing them.
+// Calls f(map, chunk) for all chunks of some maps, the threads sharing them. time: nanoseconds that a pixel takes.
 template <class F>
-void each_chunk(int64_t maps, const Walk& walk, F f) {
-  const int64_t grain = ceil_div(kWorthAThread, std::clamp(walk.length, int64_t{1}, kChunk));
+void each_chunk(int64_t maps, const Walk& walk, double time, F f) {
+  const int64_t grain = worth_a_thread(time * double(std::clamp(walk.length, int64_t{1}, kChunk)));
   torch::stable::parallel_for(0, maps * walk.chunks(), grain, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
       const int64_t index = at % walk.chunks(), run = index / walk.per_run(), x = index % walk.per_run() * kChunk;
@@ -113,7 +117,7 @@ void pixel_seed(Tensor x, Tensor seeds) {
   const char* values = data<char>(x);
   int64_t* seed = data<int64_t>(seeds);
   std::vector<uint64_t> sums(batch * walk.chunks());
-  each_chunk(batch, walk, [&](int64_t b, const Chunk& chunk) {
+  each_chunk(batch, walk, kHashTime, [&](int64_t b, const Chunk& chunk) {
     const char* first = values + (b * elements + chunk.pixel) * element_size;
     sums[b * walk.chunks() + chunk.index] = kernels().hash(first, dtype, chunk.count, chunk.pixel);
   });
@@ -130,7 +134,7 @@ void noised_batch(Tensor x, Tensor alpha_bar, Tensor seeds, Tensor noised) {
   char* out = data<char>(noised);
   const int64_t* seed = data<int64_t>(seeds);
   const double* signal_share = data<double>(alpha_bar);
-  each_chunk(alpha_bar.size(0) * batch, {1, elements}, [&](int64_t row, const Chunk& chunk) {
+  each_chunk(alpha_bar.size(0) * batch, {1, elements}, kNoiseTime, [&](int64_t row, const Chunk& chunk) {
     const int64_t level = row / batch, b = row % batch;
     kernels().add_noise(values + (b * elements + chunk.pixel) * element_size, dtype, chunk.count, uint64_t(seed[b]),
                         level, chunk.pixel / 4, noise_scales(signal_share[level]),
@@ -200,30 +204,45 @@ class SaliencyMaps {
         walk_(walk_over(grad_, grad_.rows_follow_each_other())),
         pixels_(grad_.height() * grad_.width()),
         rank_(percentile_rank(percentile, pixels_)),
-        out_(out) {}
+        held_(std::clamp(kHeldPixels / pixels_, int64_t{1}, std::min(levels(), kHeld))),
+        out_(out) {
+    const double threads = torch::stable::get_num_threads();
+    shared_ = double(grad_.size(1)) * (time() / threads + kSharingTime) < time();
+  }
 
   void run() const {
-    const int64_t batch = grad_.size(1), threads = torch::stable::get_num_threads();
     const auto images = [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<double[]> maps(new double[held() * pixels_]), saliency(new double[pixels_]);
+      const std::unique_ptr<double[]> maps(new double[held_ * pixels_]), saliency(new double[pixels_]);
       for (int64_t b = begin; b < end; ++b) image(b, maps.get(), saliency.get());
     };
-    // Threads take images, or share each one where there are fewer images than threads.
-    if (batch < std::min(threads, held() * walk_.chunks()))
-      images(0, batch);
+    // Threads take images, or share each one where there are few.
+    if (shared_)
+      images(0, grad_.size(1));
     else
-      torch::stable::parallel_for(0, batch, ceil_div(kWorthAThread, pixels_ * grad_.size(0) * grad_.size(2)), images);
+      torch::stable::parallel_for(0, grad_.size(1), worth_a_thread(time()), images);
   }
 
  private:
   int64_t levels() const { return grad_.size(0); }
-  int64_t held() const { return std::min(levels(), kHeld); }
+  int64_t channels() const { return grad_.size(2); }
+
+  // Nanoseconds that an image takes.
+  double time() const {
+    const int64_t taps = vertical_.taps.size() + horizontal_.taps.size();
+    return double(pixels_) * (kReduceTime * double(levels() * channels()) + kCombineTime * double(levels() + taps));
+  }
+
+  template <class F>
+  void each(int64_t maps, const Walk& walk, double time, F f) const {
+    // A grain beyond all chunks keeps them on the thread that has the image.
+    each_chunk(maps, walk, shared_ ? time : 1e-9, f);
+  }
 
   // maps: [held, H, W]; saliency: [H, W]. Both are overwritten.
   void image(int64_t b, double* maps, double* saliency) const {
     float* out = out_ + b * pixels_;
-    for (int64_t level = 0; level < levels(); level += held())
-      if (!add_levels(b, level, std::min(held(), levels() - level), maps, saliency)) {
+    for (int64_t level = 0; level < levels(); level += held_)
+      if (!add_levels(b, level, std::min(held_, levels() - level), maps, saliency)) {
         std::fill_n(out, pixels_, std::numeric_limits<float>::quiet_NaN());
         return;
       }
@@ -242,10 +261,10 @@ class SaliencyMaps {
   bool add_levels(int64_t b, int64_t first, int64_t count, double* maps, double* saliency) const {
     const int64_t chunks = walk_.chunks();
     std::vector<double> sums(count * chunks), weights;
-    each_chunk(count, walk_, [&](int64_t level, const Chunk& chunk) {
+    each(count, walk_, kReduceTime * double(channels()), [&](int64_t level, const Chunk& chunk) {
       const int64_t offset = (first + level) * grad_.stride(0) + b * grad_.stride(1);
       sums[level * chunks + chunk.index] =
-          kernels().reduce(reduce_, grad_.at(offset, chunk), grad_.size(2), grad_.stride(2), chunk.count,
+          kernels().reduce(reduce_, grad_.at(offset, chunk), channels(), grad_.stride(2), chunk.count,
                            maps + level * pixels_ + chunk.pixel);
     });
     for (auto part = sums.begin(); part != sums.end(); part += chunks) {
@@ -254,7 +273,7 @@ class SaliencyMaps {
       weights.push_back((level_norm_ ? divide_or_zero(double(pixels_), total) : 1.0) / double(levels()));
     }
     if (first > 0) weights.push_back(1.0);
-    each_chunk(1, {1, pixels_}, [&](int64_t, const Chunk& chunk) {
+    each(1, {1, pixels_}, kCombineTime * double(count), [&](int64_t, const Chunk& chunk) {
       std::array<const double*, kHeld + 1> rows;
       for (int64_t level = 0; level < count; ++level) rows[level] = maps + level * pixels_ + chunk.pixel;
       rows[count] = saliency + chunk.pixel;
@@ -267,7 +286,8 @@ class SaliencyMaps {
   void blur(const double* in, double* out) const {
     const int64_t height = grad_.height(), width = grad_.width(), before = horizontal_.before;
     const int64_t above = vertical_.taps.size(), across = horizontal_.taps.size();
-    torch::stable::parallel_for(0, height, ceil_div(kWorthAThread, width), [&](int64_t begin, int64_t end) {
+    const int64_t grain = shared_ ? worth_a_thread(kCombineTime * double((above + across) * width)) : height;
+    torch::stable::parallel_for(0, height, grain, [&](int64_t begin, int64_t end) {
       std::vector<const double*> rows(std::max(above, across));
       std::vector<double> continued(horizontal_.sources.size());
       double* row = continued.data() + before;
@@ -282,16 +302,19 @@ class SaliencyMaps {
     });
   }
 
-  // Levels whose maps are held at once.
-  static constexpr int64_t kHeld = 8;
+  // Levels whose maps are held at once, at most; fewer where they would take more than a megabyte.
+  static constexpr int64_t kHeld = 8, kHeldPixels = 131072;
+  // What it costs to bring threads together for an image, in nanoseconds.
+  static constexpr double kSharingTime = 20000;
 
   const Maps grad_;  // [T, B, C, H, W]
   const Reduce reduce_;
   const bool level_norm_, blurs_;
   const Gaussian vertical_, horizontal_;
   const Walk walk_;
-  const int64_t pixels_, rank_;
+  const int64_t pixels_, rank_, held_;
   float* const out_;
+  bool shared_;
 };
 
 void gradient_saliency(Tensor grad, std::string reduce, double percentile, double sigma, bool level_norm, Tensor maps) {
@@ -308,7 +331,7 @@ void fuse_evidence(Tensor gradient_map, Tensor cam, Tensor image_label, std::vec
   const bool* present = data<bool>(image_label);
   int8_t* out = data<int8_t>(labels);
   const Walk walk = walk_over(gradients, gradients.rows_follow_each_other() && cams.rows_follow_each_other());
-  each_chunk(batch, walk, [&](int64_t b, const Chunk& chunk) {
+  each_chunk(batch, walk, kFuseTime * double(classes), [&](int64_t b, const Chunk& chunk) {
     kernels().fuse(gradients.at(b * gradients.stride(0), chunk), gradients.stride(1), cams.at(b * cams.stride(0), chunk),
                    cams.stride(1), present + b * classes, classes, at, chunk.count, out + b * pixels + chunk.pixel);
   });
