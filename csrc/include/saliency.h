@@ -76,8 +76,8 @@ template <Reduce kReduce>
 struct Magnitude {
   double total = 0.0;
   CLDF_SHARED void add(float gradient) {
-    const double wide = gradient;
-    total += kReduce == Reduce::l2 ? wide * wide : fabs(wide);
+    const double wide = fabsf(gradient);
+    total += kReduce == Reduce::l2 ? wide * wide : wide;
   }
   CLDF_SHARED double value() const { return kReduce == Reduce::l2 ? sqrt(total) : total; }
 };
@@ -126,10 +126,15 @@ CLDF_SHARED int64_t percentile_rank(double percentile, int64_t pixels) {
 CLDF_SHARED uint64_t order_bits(double value) { return to_bits(value); }
 CLDF_SHARED double from_order_bits(uint64_t bits) { return from_bits(bits); }
 
-// A pixel of the result. upper: the percentile; most: the largest pixel; saliency, upper, most >= 0.
-CLDF_SHARED double saliency_scale(double upper, double most) { return upper > 0.0 ? upper : most; }
+// What the pixels are multiplied by. upper: the percentile; most: the largest pixel, which takes its place where it is 0.
+CLDF_SHARED double saliency_scale(double upper, double most) {
+  const double unit = upper > 0.0 ? upper : most;
+  return divide_or_zero(1.0, unit);
+}
+
+// A pixel of the result: exactly 1 at the percentile too, as its quotient rounds to that in float.
 CLDF_SHARED float scaled_saliency(double saliency, double scale) {
-  const double scaled = divide_or_zero(saliency, scale);
+  const double scaled = saliency * scale;
   return float(scaled < 1.0 ? scaled : 1.0);
 }
 

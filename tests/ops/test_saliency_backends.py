@@ -230,6 +230,7 @@ def images_with_ties(pixels: int) -> dict[str, Tensor]:
         "constant": torch.full((pixels,), 0.3),
         "few values": noise.mul(3).floor(),
         "mostly zero": torch.where(noise < 0.995, 0, noise),
+        "half zero": torch.where(torch.randperm(pixels) < pixels // 2, 0, noise),
         "one value and more": torch.where(noise < 0.7, 0.5, noise),
         "every magnitude": torch.logspace(-44, 38, pixels)[torch.randperm(pixels)],
         "one far outlier": torch.cat([noise[1:].mul(1e-3).add(1), torch.tensor([1e30])]),
