@@ -44,7 +44,7 @@ constexpr double kHashTime = 0.5, kNoiseTime = 2.5, kReduceTime = 0.15, kCombine
 
 int64_t worth_a_thread(double nanoseconds_each) { return int64_t(std::ceil(kWorthAThread / nanoseconds_each)); }
 
-// --- Walking over pixels ----------------------------------------------------------------------------------------------
+// --- Walking over pixels ---------------------------------------------------------------------------------------------
 
 // The pixels of a map as runs with the same distance from each pixel to the next: all of them, or a run for each row.
 struct Walk {
@@ -108,7 +108,7 @@ Walk walk_over(const Maps& maps, bool in_one_run) {
   return in_one_run ? Walk{1, maps.height() * maps.width()} : Walk{maps.height(), maps.width()};
 }
 
-// --- Seeds and noise --------------------------------------------------------------------------------------------------
+// --- Seeds and noise -------------------------------------------------------------------------------------------------
 
 void pixel_seed(Tensor x, Tensor seeds) {
   const int64_t batch = x.size(0), elements = batch ? x.numel() / batch : 0, element_size = x.element_size();
@@ -142,7 +142,7 @@ void noised_batch(Tensor x, Tensor alpha_bar, Tensor seeds, Tensor noised) {
   });
 }
 
-// --- Saliency ---------------------------------------------------------------------------------------------------------
+// --- Saliency --------------------------------------------------------------------------------------------------------
 
 // The blur along an axis: out[i] = sum over t of taps[t] * in[sources[i + t]].
 struct Gaussian {
@@ -256,8 +256,8 @@ class SaliencyMaps {
     kernels().scale(saliency, saliency_scale(upper, most), pixels_, out);
   }
 
-  // Adds the maps of `count` levels, each with its weight, to what the levels before have left. False where the gradient
-  // is not finite.
+  // Adds the maps of `count` levels, each with its weight, to what the levels before have left. False where the
+  // gradient is not finite.
   bool add_levels(int64_t b, int64_t first, int64_t count, double* maps, double* saliency) const {
     const int64_t chunks = walk_.chunks();
     std::vector<double> sums(count * chunks), weights;
@@ -322,7 +322,7 @@ void gradient_saliency(Tensor grad, std::string reduce, double percentile, doubl
   SaliencyMaps(grad, by, percentile, sigma, level_norm, data<float>(maps)).run();
 }
 
-// --- Fusion -----------------------------------------------------------------------------------------------------------
+// --- Fusion ----------------------------------------------------------------------------------------------------------
 
 void fuse_evidence(Tensor gradient_map, Tensor cam, Tensor image_label, std::vector<double> thresholds, Tensor labels) {
   const Maps gradients(gradient_map), cams(cam);
@@ -332,8 +332,9 @@ void fuse_evidence(Tensor gradient_map, Tensor cam, Tensor image_label, std::vec
   int8_t* out = data<int8_t>(labels);
   const Walk walk = walk_over(gradients, gradients.rows_follow_each_other() && cams.rows_follow_each_other());
   each_chunk(batch, walk, kFuseTime * double(classes), [&](int64_t b, const Chunk& chunk) {
-    kernels().fuse(gradients.at(b * gradients.stride(0), chunk), gradients.stride(1), cams.at(b * cams.stride(0), chunk),
-                   cams.stride(1), present + b * classes, classes, at, chunk.count, out + b * pixels + chunk.pixel);
+    kernels().fuse(gradients.at(b * gradients.stride(0), chunk), gradients.stride(1),
+                   cams.at(b * cams.stride(0), chunk), cams.stride(1), present + b * classes, classes, at, chunk.count,
+                   out + b * pixels + chunk.pixel);
   });
 }
 

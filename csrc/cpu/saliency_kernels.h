@@ -28,7 +28,7 @@ struct SaliencyKernels {
   void (*add_noise)(const void* x, Dtype dtype, int64_t count, uint64_t seed, int64_t level, int64_t block,
                     NoiseScales scales, void* out);
 
-  // The magnitudes of `count` <= kChunk pixels over the channels; returns their sum. values: those of the first channel.
+  // The magnitudes of `count` <= kChunk pixels over the channels; returns their sum. values: of the first channel.
   double (*reduce)(Reduce reduce, const Values& values, int64_t channels, int64_t channel_stride, int64_t count,
                    double* magnitude);
 

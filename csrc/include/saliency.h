@@ -29,7 +29,7 @@ CLDF_SHARED float float_from_bits(uint32_t bits) {
 CLDF_SHARED float rounded_product(float a, float b) { return a * b + 0.0f; }
 CLDF_SHARED double rounded_product(double a, double b) { return a * b + 0.0; }
 
-// --- pixel_seed -------------------------------------------------------------------------------------------------------
+// --- pixel_seed ------------------------------------------------------------------------------------------------------
 //
 // seed = mix64(sum over the elements of element_hash), modulo 2^64: the sum may be taken in any order.
 
@@ -43,13 +43,15 @@ CLDF_SHARED uint64_t mix64(uint64_t word) {
 // position: of the element in [C, H, W].
 CLDF_SHARED uint64_t element_hash(uint64_t position, float value) { return mix64(position << 32 | float_bits(value)); }
 
-// --- noised_batch -----------------------------------------------------------------------------------------------------
+// --- noised_batch ----------------------------------------------------------------------------------------------------
 
 struct NoiseScales {
   float signal, noise;
 };
 
-CLDF_SHARED NoiseScales noise_scales(double alpha_bar) { return {float(sqrt(alpha_bar)), float(sqrt(1.0 - alpha_bar))}; }
+CLDF_SHARED NoiseScales noise_scales(double alpha_bar) {
+  return {float(sqrt(alpha_bar)), float(sqrt(1.0 - alpha_bar))};
+}
 
 struct Normals {
   float at[4];
@@ -66,7 +68,7 @@ CLDF_SHARED float noised(float x, float noise, NoiseScales scales) {
   return rounded_product(scales.signal, x) + rounded_product(scales.noise, noise);
 }
 
-// --- gradient_saliency ------------------------------------------------------------------------------------------------
+// --- gradient_saliency -----------------------------------------------------------------------------------------------
 
 enum class Reduce { max_abs, sum_abs, l2 };
 
@@ -126,7 +128,7 @@ CLDF_SHARED int64_t percentile_rank(double percentile, int64_t pixels) {
 CLDF_SHARED uint64_t order_bits(double value) { return to_bits(value); }
 CLDF_SHARED double from_order_bits(uint64_t bits) { return from_bits(bits); }
 
-// What the pixels are multiplied by. upper: the percentile; most: the largest pixel, which takes its place where it is 0.
+// What the pixels are multiplied by. upper: the percentile; most: the largest pixel, which serves where that is 0.
 CLDF_SHARED double saliency_scale(double upper, double most) {
   const double unit = upper > 0.0 ? upper : most;
   return divide_or_zero(1.0, unit);
@@ -138,7 +140,7 @@ CLDF_SHARED float scaled_saliency(double saliency, double scale) {
   return float(scaled < 1.0 ? scaled : 1.0);
 }
 
-// --- fuse_evidence ----------------------------------------------------------------------------------------------------
+// --- fuse_evidence ---------------------------------------------------------------------------------------------------
 
 struct Thresholds {
   float foreground_gradient, foreground_cam, background_gradient, background_cam;

@@ -9,7 +9,7 @@
 namespace cldf_fast::CLDF_ISA {
 namespace {
 
-// --- Any dtype in and out ---------------------------------------------------------------------------------------------
+// --- Any dtype in and out --------------------------------------------------------------------------------------------
 
 template <class T, class F>
 CLDF_INLINE void gather(const void* from, int64_t stride, int64_t count, float* to, F widen) {
@@ -46,7 +46,7 @@ void write(const float* values, Dtype dtype, int64_t count, void* out) {
     for (int64_t i = 0; i < count; ++i) halves[i] = to_float16(values[i]);
 }
 
-// --- Seeds and noise --------------------------------------------------------------------------------------------------
+// --- Seeds and noise -------------------------------------------------------------------------------------------------
 
 uint64_t hash(const void* x, Dtype dtype, int64_t count, int64_t position) {
   float buffer[kChunk];
@@ -73,7 +73,7 @@ void add_noise(const void* x, Dtype dtype, int64_t count, uint64_t seed, int64_t
   if (dtype != Dtype::float32) write(result, dtype, count, out);
 }
 
-// --- Saliency ---------------------------------------------------------------------------------------------------------
+// --- Saliency --------------------------------------------------------------------------------------------------------
 
 // value(c, i): channel c at pixel i.
 template <Reduce kReduce, int kChannels, class Value>
@@ -217,7 +217,7 @@ void scale(const double* saliency, double scale, int64_t count, float* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = scaled_saliency(saliency[i], scale);
 }
 
-// --- Fusion -----------------------------------------------------------------------------------------------------------
+// --- Fusion ----------------------------------------------------------------------------------------------------------
 
 void fuse(const Values& gradient_map, int64_t gradient_stride, const Values& cam, int64_t cam_stride,
           const bool* present, int64_t classes, const Thresholds& thresholds, int64_t count, int8_t* labels) {
