@@ -30,7 +30,8 @@ py::dict build_record() {
   record["pybind11"] = std::to_string(PYBIND11_VERSION_MAJOR) + "." + std::to_string(PYBIND11_VERSION_MINOR);
 #ifdef CLDF_FAST_OPERATORS
   record["torch_stable_abi"] =
-      std::to_string(TORCH_TARGET_VERSION >> 56) + "." + std::to_string(TORCH_TARGET_VERSION >> 48 & 0xff) + " and later";
+      std::to_string(TORCH_TARGET_VERSION >> 56) + "." + std::to_string(TORCH_TARGET_VERSION >> 48 & 0xff) +
+      " and later";
 #ifdef CLDF_X86
   record["instruction_sets"] = "baseline, avx2, avx512; the best is picked on each machine";
 #else

@@ -40,6 +40,18 @@ def no_operators() -> str | None:
     return None
 
 
+def objection(tensor: torch.Tensor) -> str | None:
+    """Why the operators on the CPU can't read a tensor, for where it is; None where they can."""
+    return None if tensor.device.type == "cpu" else f"needs tensors on cpu, got them on {tensor.device}"
+
+
+def objection_of_single_precision(tensor: torch.Tensor, *_: Any) -> str | None:
+    """The same for operators that work on float32 and less."""
+    return objection(tensor) or (
+        "needs float32, float16 or bfloat16, got float64" if tensor.dtype == torch.float64 else None
+    )
+
+
 def build_record() -> dict[str, Any]:
     """How the extension was built (compiler, torch, CUDA architectures); empty where there is no extension."""
     return {} if module is None else dict(module.build_record())

@@ -69,21 +69,7 @@ def sample_anchors(
     return _sample_anchors(labels, weight, seed, image_index, num_classes, per_class, impl)
 
 
-@torch.library.custom_op("cldf_fast::sample_anchors", mutates_args=())
-def _sample_anchors(
-    labels: Tensor,
-    weight: Tensor | None,
-    seed: Tensor,
-    image_index: Tensor,
-    num_classes: int,
-    per_class: int,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    return _dispatch.run("sample_anchors", impl, labels, weight, seed, image_index, num_classes, per_class)
-
-
-@_sample_anchors.register_fake
-def _(
+def _fake(
     labels: Tensor,
     weight: Tensor | None,
     seed: Tensor,
@@ -94,6 +80,13 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     batch = labels.shape[0]
     return seed.new_empty(batch, num_classes, per_class), seed.new_empty(batch, num_classes)
+
+
+_sample_anchors = _dispatch.operator(
+    "sample_anchors(Tensor labels, Tensor? weight, Tensor seed, Tensor image_index, int num_classes, int per_class, "
+    "str impl) -> (Tensor, Tensor)",
+    _fake,
+)
 
 
 def _on_cpu(
@@ -117,10 +110,6 @@ def _on_cpu(
 _CPU_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
-def _cpu_objection(labels: Tensor, *_: Any) -> str | None:
-    return None if labels.device.type == "cpu" else f"needs tensors on cpu, got them on {labels.device}"
-
-
 def _on_triton(labels: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     from cldf_fast.kernels import anchors
 
@@ -141,4 +130,10 @@ def _triton_objection(
 
 _dispatch.register("sample_anchors", "reference", reference.sample_anchors)
 _dispatch.register("sample_anchors", "triton", _on_triton, serves=_triton_objection, available=_triton.no_triton)
-_dispatch.register("sample_anchors", "cpu", _on_cpu, serves=_cpu_objection, available=_native.no_operators)
+_dispatch.register(
+    "sample_anchors",
+    "cpu",
+    _on_cpu,
+    serves=lambda labels, *_: _native.objection(labels),
+    available=_native.no_operators,
+)

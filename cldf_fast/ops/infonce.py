@@ -387,14 +387,6 @@ def _in_two_passes(forward: Callable[..., Any], backward: Callable[..., Any]) ->
     return run
 
 
-def _cpu_objection(anchors: Tensor) -> str | None:
-    if anchors.device.type != "cpu":
-        return f"needs tensors on cpu, got them on {anchors.device}"
-    if anchors.dtype == torch.float64:
-        return "needs float32, float16 or bfloat16, got float64"
-    return None
-
-
 def _triton_objection(anchors: Tensor) -> str | None:
     if anchors.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"needs float32, float16 or bfloat16, got {str(anchors.dtype).removeprefix('torch.')}"
@@ -456,6 +448,6 @@ _register(
     _infonce_cpu.pixel_infonce,
     _infonce_cpu.pixel_infonce_backward,
     _infonce_cpu.pixel_infonce_sum,
-    _cpu_objection,
+    _native.objection_of_single_precision,
     _native.no_operators,
 )

@@ -206,14 +206,6 @@ _fuse_evidence = _dispatch.operator(
 )
 
 
-def _cpu_objection(first: Tensor, *_: Any) -> str | None:
-    if first.device.type != "cpu":
-        return f"needs tensors on cpu, got them on {first.device}"
-    if first.dtype == torch.float64:
-        return "needs float32, float16 or bfloat16, got float64"
-    return None
-
-
 def _register(
     backend: str,
     functions: Any,
@@ -226,4 +218,4 @@ def _register(
 
 
 _register("reference", reference)
-_register("cpu", _saliency_cpu, _cpu_objection, _native.no_operators)
+_register("cpu", _saliency_cpu, _native.objection_of_single_precision, _native.no_operators)

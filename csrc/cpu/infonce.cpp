@@ -158,7 +158,8 @@ class Sweep {
         kernels().add_positives(columns, positive_sums + at + i);
       });
     }
-    // The anchor itself is in no sum: at minus infinity the exponential vanishes, at plus infinity softplus and sigmoid.
+    // The anchor itself is in no sum: at minus infinity the exponential vanishes, at plus infinity softplus and sigmoid
+    // do.
     set_own(tile, p_.supcon ? -kInfinity : kInfinity, -kInfinity);
     std::fill_n(sums_.data() + at, width_, 0.0);
     each_group(tile, [&](const Columns& columns, int64_t i) {

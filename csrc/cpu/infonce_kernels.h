@@ -32,8 +32,8 @@ struct InfonceKernels {
   // Adds the logits of the positives to positive_sum [kGroup].
   void (*add_positives)(const Columns& tile, double* positive_sum);
 
-  // Replaces each logit s of the denominator by exp(s - top) and adds these to sum [kGroup]; top [kGroup] is the largest
-  // of them, minus infinity where there is none. With keep_positives these are no part of the denominator and stay as
+  // Replaces each logit s of the denominator by exp(s - top) and adds these to sum [kGroup]; top [kGroup] is the
+  // largest of them, minus infinity where there is none. With keep_positives these are no part of the denominator and stay as
   // they are.
   void (*exponentiate)(const Columns& tile, bool keep_positives, float* top, double* sum);
 

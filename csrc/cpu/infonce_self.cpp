@@ -7,9 +7,9 @@
 //
 //   d(sum of g_i loss_i) / ds_ij, both roles of a pair together:  e_ij (g_i / z_i + g_j / z_j) - positives
 //
-// where the positives' part is linear in the features and so needs sums over classes only. A first pass sums z, a second
-// one multiplies. A block of rows is taken at a time, against itself and all later ones, in tiles that the threads
-// share: the order of sums depends on the number of rows alone.
+// where the positives' part is linear in the features and so needs sums over classes only. A first pass sums z, a
+// second one multiplies. A block of rows is taken at a time, against itself and all later ones, in tiles that the
+// threads share: the order of sums depends on the number of rows alone.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -53,8 +53,8 @@ CLDF_SHARED uint64_t to_bits(double value) {
   return bits;
 }
 
-// ln(x) of a normal x > 0, within one unit in the last place: fdlibm's method. x = 2^k m with m in [sqrt(1/2), sqrt(2)),
-// s = (m - 1) / (m + 1), ln(m) = 2 artanh(s).
+// ln(x) of a normal x > 0, within one unit in the last place, by fdlibm's method: x = 2^k m with m in
+// [sqrt(1/2), sqrt(2)), s = (m - 1) / (m + 1), ln(m) = 2 artanh(s).
 CLDF_SHARED double natural_log(double x) {
   // The exponent of x over sqrt(1/2), as an integer in the lowest bits of a double near 2^52.
   const uint64_t bits = to_bits(x) + (0x3FF0000000000000u - 0x3FE6A09E00000000u);

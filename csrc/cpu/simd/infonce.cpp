@@ -13,12 +13,13 @@ constexpr float kInfinity = __builtin_inff();
 
 // Rows whose terms are added in float32 before the sum goes on in float64.
 constexpr int64_t kFloatRows = 128;
-// Vectors that a pass over a tile takes along: with their sums and whatever an exponential needs they fill the registers.
+// Vectors that a pass over a tile takes along: with their sums and whatever an exponential needs they fill the
+// registers.
 constexpr int64_t kWide = 4;
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// --- Matrix product ---------------------------------------------------------------------------------------------------
+// --- Matrix product -------------------------------------------------------------------------------------------------
 
 // A product's block in registers: as many accumulators as leave room for a row of y and a value of x.
 #if defined(__AVX512F__)
@@ -79,7 +80,7 @@ void multiply(const Factor& x, const float* y, int64_t y_stride, float* out, int
     multiply_lanes<1>(x, y + lane, y_stride, out + lane, out_stride, rows, depth, add);
 }
 
-// --- Passes -----------------------------------------------------------------------------------------------------------
+// --- Passes ---------------------------------------------------------------------------------------------------------
 
 struct Vectors {
   Floats lanes[kWide];
