@@ -33,8 +33,8 @@ struct InfonceKernels {
   void (*add_positives)(const Columns& tile, double* positive_sum);
 
   // Replaces each logit s of the denominator by exp(s - top) and adds these to sum [kGroup]; top [kGroup] is the
-  // largest of them, minus infinity where there is none. With keep_positives these are no part of the denominator and stay as
-  // they are.
+  // largest of them, minus infinity where there is none. With keep_positives these are no part of the denominator and
+  // stay as they are.
   void (*exponentiate)(const Columns& tile, bool keep_positives, float* top, double* sum);
 
   // Replaces the logits s of the positives by sigmoid(lse - s), and adds these to sigmoid_sum and softplus(lse - s) to
