@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import re
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +26,10 @@ def load(name: str) -> tuple[ModuleType | None, str | None]:
     # ImportError, and must still leave the package usable through the other backends.
     except Exception as error:
         first_line = next(iter(str(error).splitlines()), "")
+        # The binary serves the torch that it was built for and later ones: torch's stable interface only grows.
+        if symbol := re.search(r"undefined symbol: (\w*torch\w*)", first_line):
+            wants = f"was built for a later torch than {torch.__version__}, which has no {symbol[1]}"
+            return None, f"not loaded: {name} {wants}; build it again on this machine, or install a later torch"
         return None, f"not loaded: {name} raised {type(error).__name__}: {first_line}; build it again on this machine"
 
 
@@ -40,6 +46,19 @@ def no_operators() -> str | None:
     return None
 
 
+def no_cuda_operators() -> str | None:
+    """Why the extension's operators can't be called for tensors on CUDA; None where they can."""
+    return no_operators() or _cuda_obstacle()
+
+
+@cache
+def _cuda_obstacle() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    assert module is not None
+    return module.cuda_obstacle() or None
+
+
 def build_record() -> dict[str, Any]:
-    """How the extension was built (compiler, torch, CUDA architectures); empty where there is no extension."""
+    """How the extension was built (compiler, stable ABI of torch, CUDA); empty where there is no extension."""
     return {} if module is None else dict(module.build_record())

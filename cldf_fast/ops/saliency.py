@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from cldf_fast.errors import ConfigError, DataError
-from cldf_fast.ops import _dispatch, _native, _saliency_cpu, reference
+from cldf_fast.ops import _dispatch, _native, _saliency_native, reference
 from cldf_fast.ops._arguments import check_choice, check_tensor, describe, seed_per_image
 
 Reduce = Literal["max_abs", "sum_abs", "l2"]
@@ -215,9 +216,9 @@ def _(gradient_map: Tensor, *_: Any) -> Tensor:
     return gradient_map.new_empty(batch, height, width, dtype=torch.int8)
 
 
-def _cpu_objection(first: Tensor, *_: Any) -> str | None:
-    if first.device.type != "cpu":
-        return f"needs tensors on cpu, got them on {first.device}"
+def _native_objection(device: str, first: Tensor, *_: Any) -> str | None:
+    if first.device.type != device:
+        return f"needs tensors on {device}, got them on {first.device}"
     if first.dtype == torch.float64:
         return "needs float32, float16 or bfloat16, got float64"
     return None
@@ -235,4 +236,5 @@ def _register(
 
 
 _register("reference", reference)
-_register("cpu", _saliency_cpu, _cpu_objection, _native.no_operators)
+_register("cpu", _saliency_native, partial(_native_objection, "cpu"), _native.no_operators)
+_register("cuda", _saliency_native, partial(_native_objection, "cuda"), _native.no_cuda_operators)

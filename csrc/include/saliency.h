@@ -101,8 +101,8 @@ CLDF_SHARED double divide_or_zero(double value, double scale) { return scale > 0
 // The Gaussian is cut at this many pixels on either side.
 CLDF_SHARED int64_t gaussian_radius(double sigma) { return int64_t(4.0 * sigma + 0.5); }
 
-// Before division by the sum of all taps from -radius to radius. Computed on the host, for both backends.
-inline double gaussian_tap(int64_t offset, double sigma) {
+// Before division by the sum of all taps from -radius to radius.
+CLDF_SHARED double gaussian_tap(int64_t offset, double sigma) {
   const double distance = double(offset) / sigma;
   return std::exp(-0.5 * (distance * distance));
 }
