@@ -39,14 +39,9 @@ def pixel_seed(x: Tensor, *, impl: str = "auto") -> Tensor:
     return _pixel_seed(x.detach(), impl)
 
 
-@torch.library.custom_op("cldf_fast::pixel_seed", mutates_args=())
-def _pixel_seed(x: Tensor, impl: str) -> Tensor:
-    return _dispatch.run("pixel_seed", impl, x)
-
-
-@_pixel_seed.register_fake
-def _(x: Tensor, impl: str) -> Tensor:
-    return x.new_empty(x.shape[0], dtype=torch.int64)
+_pixel_seed = _dispatch.operator(
+    "pixel_seed(Tensor x, str impl) -> Tensor", lambda x, *_: x.new_empty(x.shape[0], dtype=torch.int64)
+)
 
 
 def noised_batch(x: Tensor, alpha_bar: Tensor, seed: int | Tensor, *, impl: str = "auto") -> Tensor:
@@ -145,17 +140,15 @@ def gradient_saliency(
     return _gradient_saliency(grad.detach(), reduce, percentile, sigma, level_norm, impl)
 
 
-@torch.library.custom_op("cldf_fast::gradient_saliency", mutates_args=())
-def _gradient_saliency(
-    grad: Tensor, reduce: str, percentile: float, sigma: float, level_norm: bool, impl: str
-) -> Tensor:
-    return _dispatch.run("gradient_saliency", impl, grad, reduce, percentile, sigma, level_norm)
-
-
-@_gradient_saliency.register_fake
-def _(grad: Tensor, *_: Any) -> Tensor:
+def _empty_maps(grad: Tensor, *_: Any) -> Tensor:
     _levels, batch, _channels, height, width = grad.shape
     return grad.new_empty(batch, height, width, dtype=torch.float32)
+
+
+_gradient_saliency = _dispatch.operator(
+    "gradient_saliency(Tensor grad, str reduce, float percentile, float sigma, bool level_norm, str impl) -> Tensor",
+    _empty_maps,
+)
 
 
 def fuse_evidence(
@@ -203,17 +196,15 @@ def fuse_evidence(
     return _fuse_evidence(gradient_map.detach(), cam.detach(), image_label, list(thresholds), impl)
 
 
-@torch.library.custom_op("cldf_fast::fuse_evidence", mutates_args=())
-def _fuse_evidence(
-    gradient_map: Tensor, cam: Tensor, image_label: Tensor, thresholds: list[float], impl: str
-) -> Tensor:
-    return _dispatch.run("fuse_evidence", impl, gradient_map, cam, image_label, thresholds)
-
-
-@_fuse_evidence.register_fake
-def _(gradient_map: Tensor, *_: Any) -> Tensor:
+def _empty_labels(gradient_map: Tensor, *_: Any) -> Tensor:
     batch, _classes, height, width = gradient_map.shape
     return gradient_map.new_empty(batch, height, width, dtype=torch.int8)
+
+
+_fuse_evidence = _dispatch.operator(
+    "fuse_evidence(Tensor gradient_map, Tensor cam, Tensor image_label, float[] thresholds, str impl) -> Tensor",
+    _empty_labels,
+)
 
 
 def _native_objection(device: str, first: Tensor, *_: Any) -> str | None:

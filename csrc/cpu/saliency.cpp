@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -41,7 +42,7 @@ constexpr int64_t kWorthAThread = 16384;
 
 // --- Walking over pixels ----------------------------------------------------------------------------------------------
 
-// The pixels of [H, W] as runs with the same distance from each pixel to the next: all of them, or a run for each row.
+// The pixels of a map as runs with the same distance from each pixel to the next: all of them, or a run for each row.
 struct Walk {
   int64_t runs, length;
 
@@ -49,21 +50,20 @@ struct Walk {
   int64_t chunks() const { return runs * per_run(); }
 };
 
+// index: among the map's chunks; pixel: its first one's place in the map, and x in its run.
 struct Chunk {
-  int64_t run, x, count, pixel;  // pixel: its first one's place in [H, W]
+  int64_t index, run, x, count, pixel;
 };
 
-Chunk chunk_at(const Walk& walk, int64_t index) {
-  const int64_t run = index / walk.per_run(), x = index % walk.per_run() * kChunk;
-  return {run, x, std::min(kChunk, walk.length - x), run * walk.length + x};
-}
-
-// Calls f(index, chunk) for all chunks, the threads sharing them.
+// Calls f(map, chunk) for all chunks of some maps, the threads sharing them.
 template <class F>
-void each_chunk(const Walk& walk, F f) {
+void each_chunk(int64_t maps, const Walk& walk, F f) {
   const int64_t grain = ceil_div(kWorthAThread, std::clamp(walk.length, int64_t{1}, kChunk));
-  torch::stable::parallel_for(0, walk.chunks(), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index) f(index, chunk_at(walk, index));
+  torch::stable::parallel_for(0, maps * walk.chunks(), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t index = at % walk.chunks(), run = index / walk.per_run(), x = index % walk.per_run() * kChunk;
+      f(at / walk.chunks(), Chunk{index, run, x, std::min(kChunk, walk.length - x), run * walk.length + x});
+    }
   });
 }
 
@@ -107,58 +107,57 @@ Walk walk_over(const Maps& maps, bool in_one_run) {
 // --- Seeds and noise --------------------------------------------------------------------------------------------------
 
 void pixel_seed(Tensor x, Tensor seeds) {
-  const int64_t batch = x.size(0), elements = batch ? x.numel() / batch : 0;
-  const Walk walk{batch, elements};
+  const int64_t batch = x.size(0), elements = batch ? x.numel() / batch : 0, element_size = x.element_size();
+  const Walk walk{1, elements};
   const Dtype dtype = dtype_of(x);
   const char* values = data<char>(x);
   int64_t* seed = data<int64_t>(seeds);
-  std::vector<uint64_t> sums(walk.chunks());
-  each_chunk(walk, [&](int64_t index, const Chunk& chunk) {
-    sums[index] = kernels().hash(values + chunk.pixel * int64_t(x.element_size()), dtype, chunk.count, chunk.x);
+  std::vector<uint64_t> sums(batch * walk.chunks());
+  each_chunk(batch, walk, [&](int64_t b, const Chunk& chunk) {
+    const char* first = values + (b * elements + chunk.pixel) * element_size;
+    sums[b * walk.chunks() + chunk.index] = kernels().hash(first, dtype, chunk.count, chunk.pixel);
   });
   for (int64_t b = 0; b < batch; ++b) {
-    const auto first = sums.begin() + b * walk.per_run();
-    seed[b] = int64_t(mix64(std::accumulate(first, first + walk.per_run(), uint64_t{0})));
+    const auto first = sums.begin() + b * walk.chunks();
+    seed[b] = int64_t(mix64(std::accumulate(first, first + walk.chunks(), uint64_t{0})));
   }
 }
 
 void noised_batch(Tensor x, Tensor alpha_bar, Tensor seeds, Tensor noised) {
-  const int64_t batch = x.size(0), levels = alpha_bar.size(0), elements = batch ? x.numel() / batch : 0;
-  const int64_t element_size = x.element_size();
+  const int64_t batch = x.size(0), elements = batch ? x.numel() / batch : 0, element_size = x.element_size();
   const Dtype dtype = dtype_of(x);
   const char* values = data<char>(x);
   char* out = data<char>(noised);
   const int64_t* seed = data<int64_t>(seeds);
   const double* signal_share = data<double>(alpha_bar);
-  each_chunk(Walk{levels * batch, elements}, [&](int64_t, const Chunk& chunk) {
-    const int64_t level = chunk.run / batch, b = chunk.run % batch;
-    kernels().add_noise(values + (b * elements + chunk.x) * element_size, dtype, chunk.count, uint64_t(seed[b]), level,
-                        chunk.x / 4, noise_scales(signal_share[level]), out + chunk.pixel * element_size);
+  each_chunk(alpha_bar.size(0) * batch, {1, elements}, [&](int64_t row, const Chunk& chunk) {
+    const int64_t level = row / batch, b = row % batch;
+    kernels().add_noise(values + (b * elements + chunk.pixel) * element_size, dtype, chunk.count, uint64_t(seed[b]),
+                        level, chunk.pixel / 4, noise_scales(signal_share[level]),
+                        out + (row * elements + chunk.pixel) * element_size);
   });
 }
 
 // --- Saliency ---------------------------------------------------------------------------------------------------------
 
 // The blur along an axis: out[i] = sum over t of taps[t] * in[sources[i + t]].
-class Gaussian {
- public:
+struct Gaussian {
   Gaussian(double sigma, int64_t size) {
     const int64_t radius = gaussian_radius(sigma), period = mirror_period(size);
     // Beyond a period of the mirrored axis the taps meet the same pixels again.
     const bool folded = 2 * radius + 1 > period;
-    first = folded ? 0 : -radius;
+    before = folded ? 0 : radius;
     taps.resize(folded ? period : 2 * radius + 1);
     double total = 0.0;
     for (int64_t offset = -radius; offset <= radius; ++offset) total += gaussian_tap(offset, sigma);
     for (int64_t offset = -radius; offset <= radius; ++offset) {
-      const int64_t place = folded ? (offset % period + period) % period : offset - first;
+      const int64_t place = folded ? (offset % period + period) % period : offset + radius;
       taps[place] += gaussian_tap(offset, sigma) / total;
     }
-    sources.resize(size + taps.size() - 1);
-    for (size_t i = 0; i < sources.size(); ++i) sources[i] = mirrored(first + int64_t(i), size);
+    for (int64_t i = -before; i < int64_t(taps.size()) - 1 - before + size; ++i) sources.push_back(mirrored(i, size));
   }
 
-  int64_t first;
+  int64_t before;  // sources that come before the axis
   std::vector<double> taps;
   std::vector<int64_t> sources;
 };
@@ -166,7 +165,8 @@ class Gaussian {
 // The value at `rank`, counted from 1, of finite values >= 0 in ascending order: by bisection over their bits, on ever
 // fewer of them. scratch: as long as values.
 double order_statistic(const double* values, int64_t count, int64_t rank, double least, double most, double* scratch) {
-  constexpr int64_t kFew = 128;
+  // A pass that counts costs a tenth of one that copies, unless what it copies is rare.
+  constexpr int64_t kFew = 64;
   int64_t before = kernels().count_up_to(values, count, least), up_to = count;
   if (rank <= before) return least;
   // The value is above the lower bound and up to the upper one; `before` values are up to the former.
@@ -176,7 +176,7 @@ double order_statistic(const double* values, int64_t count, int64_t rank, double
     const int64_t found = kernels().count_up_to(values, count, from_order_bits(middle));
     (found < rank ? low : high) = middle;
     (found < rank ? before : up_to) = found;
-    if (up_to - before > std::max(count / 8, kFew)) continue;
+    if (up_to - before > std::max(count / 64, kFew)) continue;
     count = up_to = kernels().collect(values, count, from_order_bits(low), from_order_bits(high), scratch);
     values = scratch;
     rank -= before;
@@ -195,79 +195,95 @@ class SaliencyMaps {
         reduce_(reduce),
         level_norm_(level_norm),
         blurs_(sigma > 0.0),
-        vertical_(blurs_ ? sigma : 0.0, grad_.height()),
-        horizontal_(blurs_ ? sigma : 0.0, grad_.width()),
+        vertical_(sigma, grad_.height()),
+        horizontal_(sigma, grad_.width()),
         walk_(walk_over(grad_, grad_.rows_follow_each_other())),
         pixels_(grad_.height() * grad_.width()),
         rank_(percentile_rank(percentile, pixels_)),
         out_(out) {}
 
   void run() const {
+    const int64_t batch = grad_.size(1), threads = torch::stable::get_num_threads();
     const auto images = [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<double[]> map(new double[pixels_]), saliency(new double[pixels_]);
-      for (int64_t b = begin; b < end; ++b) image(b, map.get(), saliency.get());
+      const std::unique_ptr<double[]> maps(new double[held() * pixels_]), saliency(new double[pixels_]);
+      for (int64_t b = begin; b < end; ++b) image(b, maps.get(), saliency.get());
     };
     // Threads take images, or share each one where there are fewer images than threads.
-    const int64_t batch = grad_.size(1), threads = torch::stable::get_num_threads();
-    if (batch < std::min(threads, walk_.chunks()))
+    if (batch < std::min(threads, held() * walk_.chunks()))
       images(0, batch);
     else
       torch::stable::parallel_for(0, batch, ceil_div(kWorthAThread, pixels_ * grad_.size(0) * grad_.size(2)), images);
   }
 
  private:
-  void image(int64_t b, double* map, double* saliency) const {
-    const int64_t levels = grad_.size(0);
+  int64_t levels() const { return grad_.size(0); }
+  int64_t held() const { return std::min(levels(), kHeld); }
+
+  // maps: [held, H, W]; saliency: [H, W]. Both are overwritten.
+  void image(int64_t b, double* maps, double* saliency) const {
     float* out = out_ + b * pixels_;
-    std::fill_n(saliency, pixels_, 0.0);
-    for (int64_t level = 0; level < levels; ++level) {
-      const double total = magnitudes(level, b, map);
-      if (!is_finite(total)) {
+    for (int64_t level = 0; level < levels(); level += held())
+      if (!add_levels(b, level, std::min(held(), levels() - level), maps, saliency)) {
         std::fill_n(out, pixels_, std::numeric_limits<float>::quiet_NaN());
         return;
       }
-      const double share = level_norm_ ? divide_or_zero(double(pixels_), total) : 1.0;
-      each_chunk({1, pixels_}, [&](int64_t, const Chunk& chunk) {
-        kernels().accumulate(map + chunk.pixel, share / double(levels), chunk.count, saliency + chunk.pixel);
-      });
-    }
     if (blurs_) {
-      blur(saliency, map);
-      std::swap(saliency, map);
+      blur(saliency, maps);
+      std::swap(saliency, maps);
     }
     double least, most;
     kernels().extremes(saliency, pixels_, &least, &most);
-    const double upper = order_statistic(saliency, pixels_, rank_, least, most, map);
+    const double upper = order_statistic(saliency, pixels_, rank_, least, most, maps);
     kernels().scale(saliency, saliency_scale(upper, most), pixels_, out);
   }
 
-  // The map of an image at a level; returns its sum.
-  double magnitudes(int64_t level, int64_t b, double* map) const {
-    const int64_t offset = level * grad_.stride(0) + b * grad_.stride(1);
-    std::vector<double> sums(walk_.chunks());
-    each_chunk(walk_, [&](int64_t index, const Chunk& chunk) {
-      sums[index] = kernels().reduce(reduce_, grad_.at(offset, chunk), grad_.size(2), grad_.stride(2), chunk.count,
-                                     map + chunk.pixel);
+  // Adds the maps of `count` levels, each with its weight, to what the levels before have left. False where the gradient
+  // is not finite.
+  bool add_levels(int64_t b, int64_t first, int64_t count, double* maps, double* saliency) const {
+    const int64_t chunks = walk_.chunks();
+    std::vector<double> sums(count * chunks), weights;
+    each_chunk(count, walk_, [&](int64_t level, const Chunk& chunk) {
+      const int64_t offset = (first + level) * grad_.stride(0) + b * grad_.stride(1);
+      sums[level * chunks + chunk.index] =
+          kernels().reduce(reduce_, grad_.at(offset, chunk), grad_.size(2), grad_.stride(2), chunk.count,
+                           maps + level * pixels_ + chunk.pixel);
     });
-    return std::accumulate(sums.begin(), sums.end(), 0.0);
+    for (auto part = sums.begin(); part != sums.end(); part += chunks) {
+      const double total = std::accumulate(part, part + chunks, 0.0);
+      if (!is_finite(total)) return false;
+      weights.push_back((level_norm_ ? divide_or_zero(double(pixels_), total) : 1.0) / double(levels()));
+    }
+    if (first > 0) weights.push_back(1.0);
+    each_chunk(1, {1, pixels_}, [&](int64_t, const Chunk& chunk) {
+      std::array<const double*, kHeld + 1> rows;
+      for (int64_t level = 0; level < count; ++level) rows[level] = maps + level * pixels_ + chunk.pixel;
+      rows[count] = saliency + chunk.pixel;
+      kernels().combine(rows.data(), weights.data(), weights.size(), chunk.count, saliency + chunk.pixel);
+    });
+    return true;
   }
 
-  // A row at a time, along the columns into a row that is then continued beyond its ends, and along that one.
+  // A row at a time: along the columns, into a row that is continued beyond its ends, then along that one.
   void blur(const double* in, double* out) const {
-    const int64_t height = grad_.height(), width = grad_.width(), grain = ceil_div(kWorthAThread / 16, width);
+    const int64_t height = grad_.height(), width = grad_.width(), before = horizontal_.before;
     const int64_t above = vertical_.taps.size(), across = horizontal_.taps.size();
-    torch::stable::parallel_for(0, height, grain, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, height, ceil_div(kWorthAThread, width), [&](int64_t begin, int64_t end) {
       std::vector<const double*> rows(std::max(above, across));
-      std::vector<double> row(width), continued(width + across - 1);
+      std::vector<double> continued(horizontal_.sources.size());
+      double* row = continued.data() + before;
       for (int64_t y = begin; y < end; ++y) {
         for (int64_t t = 0; t < above; ++t) rows[t] = in + vertical_.sources[y + t] * width;
-        kernels().blur(rows.data(), vertical_.taps.data(), above, width, row.data());
-        for (size_t x = 0; x < continued.size(); ++x) continued[x] = row[horizontal_.sources[x]];
+        kernels().combine(rows.data(), vertical_.taps.data(), above, width, row);
+        for (int64_t x = 0; x < before; ++x) continued[x] = row[horizontal_.sources[x]];
+        for (size_t x = before + width; x < continued.size(); ++x) continued[x] = row[horizontal_.sources[x]];
         for (int64_t t = 0; t < across; ++t) rows[t] = continued.data() + t;
-        kernels().blur(rows.data(), horizontal_.taps.data(), across, width, out + y * width);
+        kernels().combine(rows.data(), horizontal_.taps.data(), across, width, out + y * width);
       }
     });
   }
+
+  // Levels whose maps are held at once.
+  static constexpr int64_t kHeld = 8;
 
   const Maps grad_;  // [T, B, C, H, W]
   const Reduce reduce_;
@@ -292,12 +308,10 @@ void fuse_evidence(Tensor gradient_map, Tensor cam, Tensor image_label, std::vec
   const bool* present = data<bool>(image_label);
   int8_t* out = data<int8_t>(labels);
   const Walk walk = walk_over(gradients, gradients.rows_follow_each_other() && cams.rows_follow_each_other());
-  for (int64_t b = 0; b < batch; ++b)
-    each_chunk(walk, [&](int64_t, const Chunk& chunk) {
-      kernels().fuse(gradients.at(b * gradients.stride(0), chunk), gradients.stride(1),
-                     cams.at(b * cams.stride(0), chunk), cams.stride(1), present + b * classes, classes, at,
-                     chunk.count, out + b * pixels + chunk.pixel);
-    });
+  each_chunk(batch, walk, [&](int64_t b, const Chunk& chunk) {
+    kernels().fuse(gradients.at(b * gradients.stride(0), chunk), gradients.stride(1), cams.at(b * cams.stride(0), chunk),
+                   cams.stride(1), present + b * classes, classes, at, chunk.count, out + b * pixels + chunk.pixel);
+  });
 }
 
 }  // namespace

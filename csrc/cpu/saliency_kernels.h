@@ -32,11 +32,8 @@ struct SaliencyKernels {
   double (*reduce)(Reduce reduce, const Values& values, int64_t channels, int64_t channel_stride, int64_t count,
                    double* magnitude);
 
-  // saliency += weight * map.
-  void (*accumulate)(const double* map, double weight, int64_t count, double* saliency);
-
-  // out[x] = sum over i of taps[i] * rows[i][x]: a blur along columns, or along a row whose shifts are the rows.
-  void (*blur)(const double* const* rows, const double* taps, int64_t num_taps, int64_t count, double* out);
+  // out[x] = sum over i of weights[i] * rows[i][x]. A blur along a row is that, of the row's shifts.
+  void (*combine)(const double* const* rows, const double* weights, int64_t num_rows, int64_t count, double* out);
 
   void (*extremes)(const double* values, int64_t count, double* least, double* most);
 

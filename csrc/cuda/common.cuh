@@ -113,10 +113,12 @@ __device__ __forceinline__ Four<T> load_whole(const T* from) {
 
 template <class T>
 __device__ __forceinline__ void store_whole(T* to, const Four<T>& four) {
-  using Bits = std::conditional_t<sizeof(four) == 16, int4, std::conditional_t<sizeof(four) == 8, int2, int>>;
-  Bits bits;
-  memcpy(&bits, &four, sizeof(four));
-  __stwb(reinterpret_cast<Bits*>(to), bits);
+  using Bits = std::conditional_t<sizeof(four) >= 16, int4, std::conditional_t<sizeof(four) == 8, int2, int>>;
+  constexpr int kPieces = sizeof(four) / sizeof(Bits);
+  Bits bits[kPieces];
+  memcpy(bits, &four, sizeof(four));
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) __stwb(reinterpret_cast<Bits*>(to) + i, bits[i]);
 }
 
 // Whether every fourth value from the first on may be taken with the three that follow.

@@ -125,10 +125,8 @@ void noised_batch(Tensor x, Tensor alpha_bar, Tensor seeds, Tensor noised) {
 //
 // Four kernels, since every pixel waits three times for all others: for the mean of its level, for its neighbours to be
 // averaged, and for the percentile. The gradient is read by the first two; keeping the magnitudes between them would
-// save a read of a few channels and cost a write and a read in float64.
-//
-// Maps are kept in float32 and in units of the mean, which is of no consequence once they are divided by a percentile:
-// so they are in range whatever the gradient's scale is, with level_norm and without.
+// save a read of a few channels and cost a write and a read in float64. Maps are in float64, as in the reference: a
+// gradient's scale and range are unknown.
 
 // A tensor [T, B, C, H, W], whose pixels are equally far from each other in memory.
 template <class T>
@@ -169,7 +167,7 @@ struct Gradient {
   }
 };
 
-// partial [T, B, parts]: of each level of each image the sums of its magnitudes. Finite only if the gradient is.
+// partial [T, B, parts]: of each level of each image the sums of its magnitudes.
 template <Reduce kReduce, class T>
 __global__ void __launch_bounds__(kThreads, 4)
     sum_levels(const __grid_constant__ Gradient<T> gradient, unsigned parts, double* partial) {
@@ -193,33 +191,31 @@ __device__ __forceinline__ double level_sum(const double* partial, unsigned part
   return warp_sum(sum);
 }
 
-// maps [B, H, W]: the levels' average, its mean 1; zero where the gradient is, NaN all over if any of it is not finite.
+// maps [B, H, W]: the levels' average, with partial each over its mean; not finite somewhere if the gradient is not.
 template <Reduce kReduce, class T>
 __global__ void __launch_bounds__(kThreads, 4)
     average_levels(const __grid_constant__ Gradient<T> gradient, const double* partial, unsigned parts,
-                   unsigned blocks_per_image, bool level_norm, bool aligned, float* maps) {
+                   unsigned blocks_per_image, bool aligned, double* maps) {
   const auto [image, block] = share_of_block(blocks_per_image);
   const int64_t pixel = block * kBlock + threadIdx.x * 4, count = gradient.pixels - pixel;
-  const auto sum_of = [&, image = image](int64_t level) {
-    return level_sum(partial + (level * gradient.batch + image) * parts, parts);
-  };
-  double whole = 0.0;
-  if (!level_norm)
-    for (unsigned level = 0; level < gradient.levels; ++level) whole += sum_of(level);
-  double average[4] = {};
+  Four<double> average{};
   for (unsigned level = 0; level < gradient.levels; ++level) {
-    const double sum = level_norm ? double(gradient.levels) * sum_of(level) : whole;
-    // What is not finite stays so in a product with NaN, also where the magnitude is zero.
-    const double weight = is_finite(sum) ? divide_or_zero(double(gradient.pixels), sum) : sum - sum;
+    double weight = 1.0;
+    if (partial) {
+      const double sum = level_sum(partial + (int64_t(level) * gradient.batch + image) * parts, parts);
+      // What is not finite stays so, also where the magnitude is zero.
+      weight = is_finite(sum) ? divide_or_zero(double(gradient.pixels), sum) : sum - sum;
+    }
     if (count <= 0) continue;  // not return: all lanes take part in the sums
     double magnitude[4];
     gradient.template magnitudes<kReduce>(level, image, pixel, count, magnitude);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) average[i] += weight * magnitude[i];
+    for (int i = 0; i < 4; ++i) average.at[i] += weight * magnitude[i];
   }
   if (count <= 0) return;
-  const Four<float> four{{float(average[0]), float(average[1]), float(average[2]), float(average[3])}};
-  store_four(maps + image * gradient.pixels + pixel, four, count, aligned);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) average.at[i] /= double(gradient.levels);
+  store_four(maps + image * gradient.pixels + pixel, average, count, aligned);
 }
 
 // Half of a Gaussian, from its middle on, its whole sum 1.
@@ -238,7 +234,7 @@ __device__ __forceinline__ int64_t within(int64_t position, int64_t size) {
 
 // One tile of an image: along the columns into shared memory, with what the rows need on either side, then along these.
 __global__ void __launch_bounds__(kThreads)
-    blur(const float* maps, int64_t height, int64_t width, const __grid_constant__ Gaussian gaussian, float* out) {
+    blur(const double* maps, int64_t height, int64_t width, const __grid_constant__ Gaussian gaussian, double* out) {
   __shared__ double rows[kTileRows][kTileColumns + 2 * kMostTaps];
   const unsigned across = unsigned(ceil_div(width, kTileColumns)), down = unsigned(ceil_div(height, kTileRows));
   const auto [image, tile] = share_of_block(across * down);
@@ -248,7 +244,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int at = threadIdx.x; at < kTileRows * padded; at += kThreads) {
     const int row = at / padded, column = at % padded;
     if (top + row >= height) continue;
-    const float* const from = maps + offset + within(left + column - radius, width);
+    const double* const from = maps + offset + within(left + column - radius, width);
     double sum = 0.0;
     for (int shift = -radius; shift <= radius; ++shift)
       sum += gaussian.taps[abs(shift)] * from[within(top + row + shift, height) * width];
@@ -261,46 +257,48 @@ __global__ void __launch_bounds__(kThreads)
     double sum = 0.0;
     for (int shift = -radius; shift <= radius; ++shift)
       sum += gaussian.taps[abs(shift)] * rows[row][column + radius + shift];
-    out[offset + (top + row) * width + left + column] = float(sum);
+    out[offset + (top + row) * width + left + column] = sum;
   }
 }
 
 // The same along one axis, for a Gaussian too wide for a tile. size, stride: of the axis; scale: of the taps.
 __global__ void __launch_bounds__(kThreads)
-    blur_axis(const float* maps, int64_t elements, int64_t size, int64_t stride, double sigma, double scale, float* out) {
+    blur_axis(const double* maps, int64_t elements, int64_t size, int64_t stride, double sigma, double scale,
+              double* out) {
   const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x, radius = gaussian_radius(sigma);
   if (at >= elements) return;
   const int64_t position = at / stride % size;
   double sum = 0.0;
   for (int64_t shift = -radius; shift <= radius; ++shift)
     sum += gaussian_tap(shift, sigma) * maps[at + (mirrored(position + shift, size) - position) * stride];
-  out[at] = float(sum * scale);
+  out[at] = sum * scale;
 }
 
 // --- Percentile ---
 //
-// Exact, by radix: the bits of floats that are not negative sort as they do. Three times the pixels are counted by the
-// next digit of their bits, among those that have the digits found so far.
+// Exact, by radix: the bits of numbers that are not negative sort as they do. The pixels are counted by the first digit
+// of their bits, then those that have the percentile's by the second, and so on, until one is left or no digit.
 
-constexpr int kDigits = 3, kBins = 2048;
 constexpr int kSelectThreads = 512;
-
-__device__ __forceinline__ int digit_shift(int digit) { return digit == 0 ? 21 : digit == 1 ? 10 : 0; }
-__device__ __forceinline__ uint32_t digit_bins(int digit) { return digit == 2 ? 1024 : 2048; }
+constexpr int kDigits = 6, kBins = 2048;
+// The sign is always zero, the first digit is the exponent.
+__device__ __forceinline__ int digit_shift(int digit) { return digit < 3 ? 52 - 11 * digit : 50 - 10 * digit; }
+__device__ __forceinline__ uint64_t digit_bins(int digit) { return digit < 3 ? kBins : 1024; }
 
 // Adds one to each lane's bin; none if it is negative. Neighbouring pixels are alike, and often zero, so that lanes in
 // a row have the same bin: the first of them adds for all.
 __device__ __forceinline__ void count_lanes(uint32_t* histogram, int bin) {
   const int lane = threadIdx.x % kWarp, before = __shfl_up_sync(kAllLanes, bin, 1);
   const unsigned first = __ballot_sync(kAllLanes, lane == 0 || bin != before), later = first >> lane >> 1;
-  if ((first >> lane & 1) && bin >= 0) atomicAdd(&histogram[bin], later ? __ffs(int(later)) : kWarp - lane);
+  if ((first >> lane & 1) && bin >= 0) atomicAdd(&histogram[bin], uint32_t(later ? __ffs(int(later)) : kWarp - lane));
 }
 
 struct Selection {
-  uint32_t histogram[kDigits][kBins];
+  uint32_t histogram[2][kBins];  // of even and of odd digits
   uint32_t warps[kSelectThreads / kWarp];
-  uint32_t most;          // the largest bits
-  uint32_t digit, below;  // what was found: a digit, and how many pixels have a lower one
+  uint32_t digit, below, count;                // the percentile's digit, how many have a lower one, how many this one
+  uint64_t most[kSelectThreads / kWarp];       // the largest bits that each warp has seen
+  uint64_t last;                               // the bits of the one that is left, in the block that has it
 };
 
 // The blocks of one image: a cluster, where the GPU has them.
@@ -309,31 +307,29 @@ struct Team {
   __device__ __forceinline__ int size() const { return int(cooperative_groups::this_cluster().num_blocks()); }
   __device__ __forceinline__ int rank() const { return int(cooperative_groups::this_cluster().block_rank()); }
   __device__ __forceinline__ void sync() const { cooperative_groups::this_cluster().sync(); }
-  template <class T>
-  __device__ __forceinline__ const T& of(T& shared, int block) const {
-    return *cooperative_groups::this_cluster().map_shared_rank(&shared, unsigned(block));
+  __device__ __forceinline__ const Selection& of(Selection& own, int block) const {
+    return *cooperative_groups::this_cluster().map_shared_rank(&own, unsigned(block));
   }
 #else
   __device__ __forceinline__ int size() const { return 1; }
   __device__ __forceinline__ int rank() const { return 0; }
   __device__ __forceinline__ void sync() const { __syncthreads(); }
-  template <class T>
-  __device__ __forceinline__ const T& of(T& shared, int) const { return shared; }
+  __device__ __forceinline__ const Selection& of(Selection& own, int) const { return own; }
 #endif
 };
 
-// Finds the bin in which the rank-th pixel is, counted from 1, of the team's histograms of a digit.
-__device__ __forceinline__ void find_digit(const Team& team, Selection& shared, int digit, uint32_t rank) {
+// Finds the bin in which the rank-th pixel is, counted from 1, of what the team has counted.
+__device__ __forceinline__ void find_digit(const Team& team, Selection& own, int parity, uint32_t rank) {
   constexpr int kEach = kBins / kSelectThreads;
   uint32_t counts[kEach] = {}, sum = 0;
   for (int block = 0; block < team.size(); ++block) {
-    const Selection& other = team.of(shared, block);
+    const uint32_t* const bins = team.of(own, block).histogram[parity] + threadIdx.x * kEach;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) counts[i] += other.histogram[digit][threadIdx.x * kEach + i];
+    for (int i = 0; i < kEach; ++i) counts[i] += bins[i];
   }
 #pragma unroll
   for (int i = 0; i < kEach; ++i) sum += counts[i];
-  // How many are in the bins of all threads before this one.
+  // How many are in the bins of this thread and of those before it.
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   uint32_t below = sum;
 #pragma unroll
@@ -341,62 +337,79 @@ __device__ __forceinline__ void find_digit(const Team& team, Selection& shared, 
     const uint32_t before = __shfl_up_sync(kAllLanes, below, distance);
     if (lane >= distance) below += before;
   }
-  if (lane == kWarp - 1) shared.warps[warp] = below;
+  if (lane == kWarp - 1) own.warps[warp] = below;
   __syncthreads();
   below -= sum;
-  for (int w = 0; w < warp; ++w) below += shared.warps[w];
+  for (int w = 0; w < warp; ++w) below += own.warps[w];
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     if (below < rank && rank <= below + counts[i]) {
-      shared.digit = threadIdx.x * kEach + i;
-      shared.below = below;
+      own.digit = threadIdx.x * kEach + i;
+      own.below = below;
+      own.count = counts[i];
     }
     below += counts[i];
   }
-  __syncthreads();
 }
 
-// Divides each image by its percentile, or by its largest value where that is 0, and cuts at 1. maps may be out.
+// Divides each image by its percentile, or by its largest value where that is 0, and cuts at 1.
 __global__ void __launch_bounds__(kSelectThreads)
-    scale_by_percentile(const float* maps, int64_t pixels, uint32_t rank, float* out) {
-  __shared__ Selection shared;
+    scale_by_percentile(const double* maps, int64_t pixels, uint32_t rank, float* out) {
+  __shared__ Selection own;
   const Team team;
-  const int64_t offset = share_of_block(team.size()).row * pixels, stride = int64_t(team.size()) * kSelectThreads;
-  const float* const values = maps + offset;
-  const int64_t begin = int64_t(team.rank()) * kSelectThreads + threadIdx.x, whole_warps = ceil_div(pixels, kWarp) * kWarp;
-  if (values[0] != values[0]) {  // then all of them are NaN, for every block of the team
-    for (int64_t pixel = begin; pixel < pixels; pixel += stride) out[offset + pixel] = values[pixel];
-    return;
-  }
-  for (int at = threadIdx.x; at < kBins; at += kSelectThreads)
-    for (auto& histogram : shared.histogram) histogram[at] = 0;
-  if (threadIdx.x == 0) shared.most = 0;
-  __syncthreads();
+  const int64_t offset = share_of_block(unsigned(team.size())).row * pixels;
+  const double* const values = maps + offset;
+  // Pixel by pixel, so that lanes are neighbours; whole warps, since they count together.
+  const int64_t begin = int64_t(team.rank()) * kSelectThreads + threadIdx.x, stride = int64_t(team.size()) * kSelectThreads;
+  const int64_t end = ceil_div(pixels, kWarp) * kWarp;
+  const auto bits_of = [&](int64_t pixel) { return order_bits(values[pixel]); };
+  const auto clear = [&](int parity) {
+    for (int at = threadIdx.x; at < kBins; at += kSelectThreads) own.histogram[parity][at] = 0;
+  };
 
-  uint32_t prefix = 0, most = 0;
+  clear(0);
+  if (threadIdx.x == 0) own.last = 0;
+  __syncthreads();
+  uint64_t prefix = 0, most = 0;
   for (int digit = 0; digit < kDigits; ++digit) {
-    const int shift = digit_shift(digit);
-    const uint32_t bins = digit_bins(digit);
-    for (int64_t pixel = begin; pixel < whole_warps; pixel += stride) {
-      const uint32_t bits = pixel < pixels ? float_bits(values[pixel]) : 0;
-      const bool counts = pixel < pixels && (digit == 0 || bits / bins >> shift == prefix);
-      count_lanes(shared.histogram[digit], counts ? int(bits >> shift & (bins - 1)) : -1);
-      most = max(most, bits);
-    }
-    if (digit == 0) {
-#pragma unroll
-      for (int distance = kWarp / 2; distance > 0; distance /= 2)
-        most = max(most, __shfl_xor_sync(kAllLanes, most, distance));
-      if (threadIdx.x % kWarp == 0) atomicMax(&shared.most, most);
+    const int shift = digit_shift(digit), parity = digit % 2;
+    const uint64_t bins = digit_bins(digit);
+    for (int64_t pixel = begin; pixel < end; pixel += stride) {
+      const uint64_t bits = pixel < pixels ? bits_of(pixel) : 0;
+      const bool counts = pixel < pixels && (digit == 0 || (bits >> shift) / bins == prefix);
+      if (__any_sync(kAllLanes, counts))
+        count_lanes(own.histogram[parity], counts ? int(bits >> shift & (bins - 1)) : -1);
+      most = bits > most ? bits : most;
     }
     team.sync();
-    find_digit(team, shared, digit, rank);
-    prefix = prefix * bins + shared.digit;
-    rank -= shared.below;
+    // Nobody reads what was counted by the digit before any more.
+    clear(1 - parity);
+    find_digit(team, own, parity, rank);
+    __syncthreads();
+    prefix = prefix * bins + own.digit;
+    rank -= own.below;
+    if (own.count == 1) {
+      for (int64_t pixel = begin; pixel < pixels; pixel += stride)
+        if (bits_of(pixel) >> shift == prefix) own.last = bits_of(pixel);
+      team.sync();
+      prefix = 0;
+      for (int block = 0; block < team.size(); ++block) prefix = max(prefix, team.of(own, block).last);
+      break;
+    }
   }
-  for (int block = 0; block < team.size(); ++block) most = max(most, team.of(shared, block).most);
-  const double scale = saliency_scale(float_from_bits(prefix), float_from_bits(most));
-  for (int64_t pixel = begin; pixel < pixels; pixel += stride) out[offset + pixel] = scaled_saliency(values[pixel], scale);
+
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    const uint64_t other = __shfl_xor_sync(kAllLanes, most, distance);
+    most = other > most ? other : most;
+  }
+  if (threadIdx.x % kWarp == 0) own.most[threadIdx.x / kWarp] = most;
+  team.sync();
+  for (int block = 0; block < team.size(); ++block)
+    for (const uint64_t other : team.of(own, block).most) most = other > most ? other : most;
+  const double largest = from_order_bits(most), scale = saliency_scale(from_order_bits(prefix), largest);
+  for (int64_t pixel = begin; pixel < pixels; pixel += stride)
+    out[offset + pixel] = is_finite(largest) ? scaled_saliency(values[pixel], scale) : float(largest - largest);
   team.sync();  // shared memory goes with its block, and others of the team may still read it
 }
 
@@ -433,23 +446,24 @@ void with_reduce(const std::string& name, F f) {
   f(std::integral_constant<Reduce, Reduce::l2>());
 }
 
-// From `maps` to `out` or back; returns where the result is.
-float* smooth(const Launcher& launch, double sigma, int64_t batch, int64_t height, int64_t width, float* maps, float* out) {
+// Smooths `maps`, with `scratch` as large as they are; returns in which of the two the result is.
+double* smooth(const Launcher& launch, double sigma, int64_t batch, int64_t height, int64_t width, double* maps,
+               double* scratch) {
   const int64_t radius = gaussian_radius(sigma), elements = batch * height * width;
   if (sigma == 0.0) return maps;
   double total = 0.0;
   for (int64_t shift = -radius; shift <= radius; ++shift) total += gaussian_tap(shift, sigma);
   if (radius > kMostTaps) {
     const int64_t blocks = ceil_div(elements, kThreads);
-    launch(blur_axis, blocks, kThreads, 1, maps, elements, height, width, sigma, 1.0 / total, out);
-    launch(blur_axis, blocks, kThreads, 1, out, elements, width, 1, sigma, 1.0 / total, maps);
+    launch(blur_axis, blocks, kThreads, 1, maps, elements, height, width, sigma, 1.0 / total, scratch);
+    launch(blur_axis, blocks, kThreads, 1, scratch, elements, width, int64_t{1}, sigma, 1.0 / total, maps);
     return maps;
   }
   Gaussian gaussian{int(radius), {}};
   for (int64_t shift = 0; shift <= radius; ++shift) gaussian.taps[shift] = gaussian_tap(shift, sigma) / total;
   const int64_t tiles = ceil_div(height, kTileRows) * ceil_div(width, kTileColumns);
-  launch(blur, batch * tiles, kThreads, 1, maps, height, width, gaussian, out);
-  return out;
+  launch(blur, batch * tiles, kThreads, 1, maps, height, width, gaussian, scratch);
+  return scratch;
 }
 
 void gradient_saliency(Tensor grad, std::string reduce, double percentile, double sigma, bool level_norm, Tensor maps) {
@@ -459,25 +473,27 @@ void gradient_saliency(Tensor grad, std::string reduce, double percentile, doubl
   STD_TORCH_CHECK(pixels <= std::numeric_limits<uint32_t>::max(), "CUDA: too many pixels in an image: ", pixels);
   const unsigned parts = parts_of(pixels), blocks_per_image = unsigned(ceil_div(pixels, kBlock));
   const Tensor sums = torch::stable::new_empty(grad, {levels, batch, parts}, ScalarType::Double);
-  const Tensor scratch = torch::stable::new_empty(maps, {batch, height, width});
-  double* const partial = static_cast<double*>(sums.mutable_data_ptr());
-  float* const averages = static_cast<float*>(scratch.mutable_data_ptr());
-  float* const out = static_cast<float*>(maps.mutable_data_ptr());
+  const Tensor averages = torch::stable::new_empty(grad, {batch, height, width}, ScalarType::Double);
+  const Tensor scratch = torch::stable::new_empty(grad, {batch, height, width}, ScalarType::Double);
+  // The mean of the only level is lost in the percentile.
+  double* const partial = level_norm && levels > 1 ? static_cast<double*>(sums.mutable_data_ptr()) : nullptr;
+  double* const average = static_cast<double*>(averages.mutable_data_ptr());
   const Launcher launch(grad);
   with_values(grad, [&]<class T>(const T* values) {
     const Gradient<T> gradient = gradient_of(grad, values);
     with_reduce(reduce, [&]<class Constant>(Constant) {
       constexpr Reduce kReduce = Constant::value;
-      launch(sum_levels<kReduce, T>, levels * batch * parts, kThreads, 1, gradient, parts, partial);
+      if (partial) launch(sum_levels<kReduce, T>, levels * batch * parts, kThreads, 1, gradient, parts, partial);
       launch(average_levels<kReduce, T>, batch * blocks_per_image, kThreads, 1, gradient, partial, parts,
-             blocks_per_image, level_norm, pixels % 4 == 0, averages);
+             blocks_per_image, pixels % 4 == 0, average);
     });
   });
-  const float* const smoothed = smooth(launch, sigma, batch, height, width, averages, out);
-  const int64_t rank = percentile_rank(percentile, pixels);
+  const double* const smoothed =
+      smooth(launch, sigma, batch, height, width, average, static_cast<double*>(scratch.mutable_data_ptr()));
   // Some eight pixels a thread.
   const int64_t team = std::clamp(pixels / (8 * kSelectThreads), int64_t{1}, int64_t{launch.largest_cluster()});
-  launch(scale_by_percentile, batch * team, kSelectThreads, int(team), smoothed, pixels, uint32_t(rank), out);
+  launch(scale_by_percentile, batch * team, kSelectThreads, int(team), smoothed, pixels,
+         uint32_t(percentile_rank(percentile, pixels)), static_cast<float*>(maps.mutable_data_ptr()));
 }
 
 // --- Fusion -----------------------------------------------------------------------------------------------------------

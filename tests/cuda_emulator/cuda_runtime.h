@@ -216,6 +216,8 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
   return bits;
 }
 
+inline bool __any_sync(unsigned lanes, bool predicate) { return __ballot_sync(lanes, predicate) != 0; }
+
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 template <class T>
@@ -224,7 +226,6 @@ void __stwb(T* to, T value) {
 }
 
 inline void atomicAdd(uint32_t* to, uint32_t value) { *to += value; }
-inline void atomicMax(uint32_t* to, uint32_t value) { *to = std::max(*to, value); }
 
 // --- On the host ------------------------------------------------------------------------------------------------------
 

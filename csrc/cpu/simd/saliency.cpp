@@ -75,35 +75,69 @@ void add_noise(const void* x, Dtype dtype, int64_t count, uint64_t seed, int64_t
 
 // --- Saliency ---------------------------------------------------------------------------------------------------------
 
-template <int kChannels, Reduce kReduce>
-CLDF_INLINE void add_channels(const Values& values, int64_t channel_stride, int64_t count,
-                              Magnitude<kReduce>* magnitude) {
-  float buffers[kChannels][kChunk];
-  const float* channels[kChannels];
-  for (int c = 0; c < kChannels; ++c)
-    channels[c] = read(shifted(values, c * channel_stride), count, buffers[c]);
-  for (int64_t i = 0; i < count; ++i)
-    for (int c = 0; c < kChannels; ++c) magnitude[i].add(channels[c][i]);
+// value(c, i): channel c at pixel i.
+template <Reduce kReduce, int kChannels, class Value>
+CLDF_INLINE void reduce_few(int64_t count, double* magnitude, Value value) {
+  for (int64_t i = 0; i < count; ++i) {
+    Magnitude<kReduce> pixel;
+    for (int c = 0; c < kChannels; ++c) pixel.add(value(c, i));
+    magnitude[i] = pixel.value();
+  }
+}
+
+// A channel after the other, or each pixel's channels side by side.
+template <Reduce kReduce, int kChannels>
+CLDF_INLINE void reduce_few(const Values& values, int64_t channel_stride, int64_t count, double* magnitude) {
+  float buffer[kChannels * kChunk];
+  if (kChannels > 1 && channel_stride == 1 && values.stride == kChannels) {
+    const float* all = read({values.first, values.dtype, 1}, kChannels * count, buffer);
+    reduce_few<kReduce, kChannels>(count, magnitude, [&](int c, int64_t i) { return all[kChannels * i + c]; });
+  } else {
+    const float* channels[kChannels];
+    for (int c = 0; c < kChannels; ++c)
+      channels[c] = read(shifted(values, c * channel_stride), count, buffer + c * kChunk);
+    reduce_few<kReduce, kChannels>(count, magnitude, [&](int c, int64_t i) { return channels[c][i]; });
+  }
 }
 
 template <Reduce kReduce>
-double reduce_by(const Values& values, int64_t channels, int64_t channel_stride, int64_t count, double* magnitude) {
+CLDF_INLINE void reduce_many(const Values& values, int64_t channels, int64_t channel_stride, int64_t count,
+                             double* magnitude) {
   Magnitude<kReduce> pixels[kChunk];
-  int64_t c = 0;
-  for (; c + 4 <= channels; c += 4)
-    add_channels<4>(shifted(values, c * channel_stride), channel_stride, count, pixels);
-  for (; c < channels; ++c) add_channels<1>(shifted(values, c * channel_stride), channel_stride, count, pixels);
+  float buffer[kChunk];
+  for (int64_t c = 0; c < channels; ++c) {
+    const float* channel = read(shifted(values, c * channel_stride), count, buffer);
+    for (int64_t i = 0; i < count; ++i) pixels[i].add(channel[i]);
+  }
   for (int64_t i = 0; i < count; ++i) magnitude[i] = pixels[i].value();
+}
+
+double sum(const double* values, int64_t count) {
   constexpr int64_t kStep = 4 * kDoubles;
   Doubles sums[4] = {};
   int64_t i = 0;
   for (; i + kStep <= count; i += kStep)
-    for (int64_t v = 0; v < 4; ++v) sums[v] += load(magnitude + i + v * kDoubles);
-  const Doubles both = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int64_t v = 0; v < 4; ++v) sums[v] += load(values + i + v * kDoubles);
+  const Doubles lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   double sum = 0.0;
-  for (int64_t lane = 0; lane < kDoubles; ++lane) sum += both[lane];
-  for (; i < count; ++i) sum += magnitude[i];
+  for (int64_t lane = 0; lane < kDoubles; ++lane) sum += lanes[lane];
+  for (; i < count; ++i) sum += values[i];
   return sum;
+}
+
+template <Reduce kReduce>
+double reduce_by(const Values& values, int64_t channels, int64_t channel_stride, int64_t count, double* magnitude) {
+  if (channels == 1)
+    reduce_few<kReduce, 1>(values, channel_stride, count, magnitude);
+  else if (channels == 2)
+    reduce_few<kReduce, 2>(values, channel_stride, count, magnitude);
+  else if (channels == 3)
+    reduce_few<kReduce, 3>(values, channel_stride, count, magnitude);
+  else if (channels == 4)
+    reduce_few<kReduce, 4>(values, channel_stride, count, magnitude);
+  else
+    reduce_many<kReduce>(values, channels, channel_stride, count, magnitude);
+  return sum(magnitude, count);
 }
 
 double reduce(Reduce reduce, const Values& values, int64_t channels, int64_t channel_stride, int64_t count,
@@ -114,26 +148,23 @@ double reduce(Reduce reduce, const Values& values, int64_t channels, int64_t cha
   return by(values, channels, channel_stride, count, magnitude);
 }
 
-void accumulate(const double* map, double weight, int64_t count, double* saliency) {
-  for (int64_t i = 0; i < count; ++i) saliency[i] += weight * map[i];
-}
-
 // kVectors vectors of out, in registers while the taps go by.
 template <int kVectors>
-CLDF_INLINE void blur_block(const double* const* rows, const double* taps, int64_t num_taps, int64_t x, double* out) {
+CLDF_INLINE void combine_block(const double* const* rows, const double* weights, int64_t num_rows, int64_t x,
+                               double* out) {
   Doubles sums[kVectors] = {};
-  for (int64_t i = 0; i < num_taps; ++i)
-    for (int v = 0; v < kVectors; ++v) sums[v] += taps[i] * load(rows[i] + x + v * kDoubles);
+  for (int64_t i = 0; i < num_rows; ++i)
+    for (int v = 0; v < kVectors; ++v) sums[v] += weights[i] * load(rows[i] + x + v * kDoubles);
   for (int v = 0; v < kVectors; ++v) store(out + x + v * kDoubles, sums[v]);
 }
 
-void blur(const double* const* rows, const double* taps, int64_t num_taps, int64_t count, double* out) {
+void combine(const double* const* rows, const double* weights, int64_t num_rows, int64_t count, double* out) {
   int64_t x = 0;
-  for (; x + 4 * kDoubles <= count; x += 4 * kDoubles) blur_block<4>(rows, taps, num_taps, x, out);
-  for (; x + kDoubles <= count; x += kDoubles) blur_block<1>(rows, taps, num_taps, x, out);
+  for (; x + 8 * kDoubles <= count; x += 8 * kDoubles) combine_block<8>(rows, weights, num_rows, x, out);
+  for (; x + kDoubles <= count; x += kDoubles) combine_block<1>(rows, weights, num_rows, x, out);
   for (; x < count; ++x) {
     double sum = 0.0;
-    for (int64_t i = 0; i < num_taps; ++i) sum += taps[i] * rows[i][x];
+    for (int64_t i = 0; i < num_rows; ++i) sum += weights[i] * rows[i][x];
     out[x] = sum;
   }
 }
@@ -165,11 +196,19 @@ int64_t count_up_to(const double* values, int64_t count, double bound) {
 }
 
 int64_t collect(const double* values, int64_t count, double low, double high, double* out) {
+  constexpr int64_t kBlock = 32;
+  const auto is_wanted = [&](double value) { return (value > low) & (value <= high); };
   int64_t found = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const double value = values[i];
-    out[found] = value;
-    found += (value > low) & (value <= high);
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = begin + kBlock < count ? begin + kBlock : count;
+    int64_t wanted = 0;
+    for (int64_t i = begin; i < end; ++i) wanted += is_wanted(values[i]);
+    if (!wanted) continue;
+    for (int64_t i = begin; i < end; ++i) {
+      const double value = values[i];
+      out[found] = value;
+      found += is_wanted(value);
+    }
   }
   return found;
 }
@@ -201,7 +240,7 @@ void fuse(const Values& gradient_map, int64_t gradient_stride, const Values& cam
 
 }  // namespace
 
-extern const SaliencyKernels saliency_kernels{hash,     add_noise,   reduce,  accumulate, blur,
-                                              extremes, count_up_to, collect, scale,      fuse};
+extern const SaliencyKernels saliency_kernels{hash,        add_noise, reduce, combine, extremes,
+                                              count_up_to, collect,   scale,  fuse};
 
 }  // namespace cldf_fast::CLDF_ISA
