@@ -10,13 +10,13 @@
 namespace cooperative_groups {
 
 struct Cluster {
-  unsigned num_blocks() const { return unsigned(emulator::block->cluster.landmarks.size()); }
-  unsigned block_rank() const { return emulator::block->rank; }
-  void sync() const { emulator::block->wait_for_cluster(); }
+  unsigned num_blocks() const { return unsigned(emulator::blocks->cluster.landmarks.size()); }
+  unsigned block_rank() const { return emulator::blocks->rank; }
+  void sync() const { emulator::blocks->wait_for_cluster(); }
   template <class T>
   T* map_shared_rank(T* variable, unsigned rank) const {
     const ptrdiff_t distance = reinterpret_cast<const char*>(variable) - &emulator::landmark;
-    return reinterpret_cast<T*>(const_cast<char*>(emulator::block->cluster.landmarks[rank]) + distance);
+    return reinterpret_cast<T*>(const_cast<char*>(emulator::blocks->cluster.landmarks[rank]) + distance);
   }
 };
 

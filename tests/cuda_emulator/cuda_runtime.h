@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <barrier>
+#include <csetjmp>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -62,20 +63,22 @@ struct Cluster {
   std::vector<const char*> landmarks;
 };
 
+// Made by makecontext; once it runs it is left and entered by jumps, which unlike swapcontext ask nothing of the kernel.
 struct Fiber {
-  ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
-  bool finished = false;
+  std::jmp_buf place;
+  bool started = false, finished = false;
 };
 
-class Block {
+// The blocks that one thread of the machine runs, one after the other.
+class Blocks {
  public:
-  Block(unsigned threads, Cluster& cluster, unsigned rank)
-      : cluster(cluster), rank(rank), fibers_(threads), barrier_{threads}, lanes_(threads) {
+  Blocks(unsigned threads, Cluster& cluster, unsigned rank, const std::function<void()>& kernel)
+      : cluster(cluster), rank(rank), kernel_(kernel), fibers_(threads), barrier_{threads}, lanes_(threads) {
     for (unsigned first = 0; first < threads; first += kLanes) warps_.push_back({std::min(kLanes, threads - first)});
   }
 
-  void run(const std::function<void()>& kernel);
+  void run(unsigned index);
   void wait(Barrier& barrier);
   void wait_for_block() { wait(barrier_); }
   void wait_for_cluster();
@@ -98,20 +101,21 @@ class Block {
   const unsigned rank;
 
  private:
-  void resume(unsigned index);
-  static void start();
+  void enter(unsigned index);
+  void leave();
+  static void body();
 
+  const std::function<void()>& kernel_;
   std::vector<Fiber> fibers_;
   Barrier barrier_;
   std::vector<Barrier> warps_;
   std::vector<uint64_t> lanes_;
-  const std::function<void()>* kernel_ = nullptr;
-  ucontext_t scheduler_;
+  std::jmp_buf scheduler_;
   unsigned current_ = 0;
   bool progress_ = false;
 };
 
-inline thread_local Block* block = nullptr;
+inline thread_local Blocks* blocks = nullptr;
 inline thread_local char landmark = 0;
 
 }  // namespace emulator
@@ -120,39 +124,47 @@ inline thread_local dim3 blockIdx, threadIdx;
 
 namespace emulator {
 
-inline void Block::start() {
-  (*block->kernel_)();
-  Fiber& fiber = block->fibers_[block->current_];
-  fiber.finished = true;
-  swapcontext(&fiber.context, &block->scheduler_);
-}
-
-inline void Block::resume(unsigned index) {
-  current_ = threadIdx.x = index;
-  swapcontext(&scheduler_, &fibers_[index].context);
-}
-
-inline void Block::run(const std::function<void()>& kernel) {
-  block = this;
-  kernel_ = &kernel;
-  cluster.landmarks[rank] = &landmark;
-  for (Fiber& fiber : fibers_) {
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, &Block::start, 0);
+inline void Blocks::body() {
+  for (;;) {
+    blocks->kernel_();
+    blocks->fibers_[blocks->current_].finished = true;
+    blocks->leave();
   }
+}
+
+inline void Blocks::enter(unsigned index) {
+  current_ = threadIdx.x = index;
+  Fiber& fiber = fibers_[index];
+  if (_setjmp(scheduler_)) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack.get();
+  context.uc_stack.ss_size = kStack;
+  makecontext(&context, &Blocks::body, 0);
+  setcontext(&context);
+}
+
+inline void Blocks::leave() {
+  if (!_setjmp(fibers_[current_].place)) _longjmp(scheduler_, 1);
+}
+
+inline void Blocks::run(unsigned index) {
+  blocks = this;
+  blockIdx.x = index;
+  cluster.landmarks[rank] = &landmark;
+  for (Fiber& fiber : fibers_) fiber.finished = false;
   const char* order = std::getenv("CLDF_EMULATOR_ORDER");
   const bool backward = order && std::string(order) == "backward";
   const unsigned count = unsigned(fibers_.size());
   for (unsigned finished = 0; finished < count;) {
     progress_ = false;
     for (unsigned i = 0; i < count; ++i) {
-      const unsigned index = backward ? count - 1 - i : i;
-      if (fibers_[index].finished) continue;
-      resume(index);
-      if (fibers_[index].finished) ++finished, progress_ = true;
+      const unsigned next = backward ? count - 1 - i : i;
+      if (fibers_[next].finished) continue;
+      enter(next);
+      if (fibers_[next].finished) ++finished, progress_ = true;
     }
     if (!progress_) {
       std::fprintf(stderr, "emulator: threads wait for others that never come\n");
@@ -161,58 +173,55 @@ inline void Block::run(const std::function<void()>& kernel) {
   }
 }
 
-inline void Block::wait(Barrier& barrier) {
+inline void Blocks::wait(Barrier& barrier) {
   if (++barrier.arrived == barrier.expected) {
     barrier.arrived = 0;
     ++barrier.generation;
     progress_ = true;
     return;
   }
-  for (const uint64_t generation = barrier.generation; barrier.generation == generation;)
-    swapcontext(&fibers_[current_].context, &scheduler_);
+  for (const uint64_t generation = barrier.generation; barrier.generation == generation;) leave();
 }
 
-inline void Block::wait_for_cluster() {
+inline void Blocks::wait_for_cluster() {
   wait_for_block();
   if (current_ == 0) cluster.barrier.arrive_and_wait();
   wait_for_block();
 }
 
 inline void launch(unsigned grid, unsigned threads, unsigned cluster_size, const std::function<void()>& kernel) {
-  for (unsigned first = 0; first < grid; first += cluster_size) {
-    Cluster cluster(cluster_size);
-    const auto run = [&](unsigned rank) {
-      blockIdx.x = first + rank;
-      Block(threads, cluster, rank).run(kernel);
-    };
-    std::vector<std::thread> others;
-    for (unsigned rank = 1; rank < cluster_size; ++rank) others.emplace_back(run, rank);
-    run(0);
-    for (std::thread& other : others) other.join();
-  }
+  Cluster cluster(cluster_size);
+  const auto run = [&](unsigned rank) {
+    Blocks of_rank(threads, cluster, rank, kernel);
+    for (unsigned first = 0; first < grid; first += cluster_size) of_rank.run(first + rank);
+  };
+  std::vector<std::thread> others;
+  for (unsigned rank = 1; rank < cluster_size; ++rank) others.emplace_back(run, rank);
+  run(0);
+  for (std::thread& other : others) other.join();
 }
 
 }  // namespace emulator
 
 // --- In kernels -------------------------------------------------------------------------------------------------------
 
-inline void __syncthreads() { emulator::block->wait_for_block(); }
+inline void __syncthreads() { emulator::blocks->wait_for_block(); }
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
-  const unsigned lane = emulator::block->lane();
-  return emulator::block->exchange(value)[lane ^ unsigned(mask)];
+  const unsigned lane = emulator::blocks->lane();
+  return emulator::blocks->exchange(value)[lane ^ unsigned(mask)];
 }
 
 template <class T>
 T __shfl_up_sync(unsigned, T value, unsigned distance) {
-  const unsigned lane = emulator::block->lane();
-  return emulator::block->exchange(value)[lane < distance ? lane : lane - distance];
+  const unsigned lane = emulator::blocks->lane();
+  return emulator::blocks->exchange(value)[lane < distance ? lane : lane - distance];
 }
 
 inline unsigned __ballot_sync(unsigned, bool predicate) {
   unsigned bits = 0, lane = 0;
-  for (const char set : emulator::block->exchange(char(predicate))) bits |= unsigned(set) << lane++;
+  for (const char set : emulator::blocks->exchange(char(predicate))) bits |= unsigned(set) << lane++;
   return bits;
 }
 
