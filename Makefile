@@ -26,7 +26,7 @@ $(VENV)/bin/pip:
 # cldf_fast/__init__.py holds the version.
 $(INSTALLED): Makefile pyproject.toml setup.py constraints.txt cldf_fast/__init__.py $(NATIVE) | $(VENV)/bin/pip
 	@echo "Setting up $(VENV): the first time this downloads PyTorch, up to 3 GB, and takes some minutes."
-	@$(PIP) install -c constraints.txt setuptools pybind11 torch numpy
+	@$(PIP) install -c constraints.txt setuptools ninja pybind11 torch numpy
 	@PYTHONWARNINGS=ignore $(PIP) install -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 

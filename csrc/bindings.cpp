@@ -6,6 +6,10 @@
 
 #include <string>
 
+#ifdef CLDF_FAST_CUDA
+#include "cuda/obstacle.h"
+#endif
+
 namespace py = pybind11;
 
 namespace {
@@ -40,8 +44,16 @@ py::dict build_record() {
 #else
   record["torch_stable_abi"] = "operators left out: torch was not installed where the package was built";
 #endif
-  record["cuda"] = "left out: this version has no CUDA source";
+  record["cuda"] = CLDF_FAST_CUDA_RECORD;
   return record;
+}
+
+std::string cuda_obstacle() {
+#ifdef CLDF_FAST_CUDA
+  return cldf_fast::cuda_obstacle();
+#else
+  return CLDF_FAST_CUDA_RECORD;
+#endif
 }
 
 }  // namespace
@@ -51,4 +63,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_record", &build_record,
         "What this binary was built from and with: dict of str to str, the same for every build of one source with "
         "one compiler.");
+  m.def("cuda_obstacle", &cuda_obstacle,
+        "Why the CUDA operators can't run on this machine: str, empty if they can. May be the process's first use of "
+        "the GPU.");
 }

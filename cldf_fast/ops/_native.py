@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import re
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +26,10 @@ def load(name: str) -> tuple[ModuleType | None, str | None]:
     # ImportError, and must still leave the package usable through the other backends.
     except Exception as error:
         first_line = next(iter(str(error).splitlines()), "")
+        # The binary serves the torch that it was built for and later ones: torch's stable interface only grows.
+        if symbol := re.search(r"undefined symbol: (\w*torch\w*)", first_line):
+            wants = f"was built for a later torch than {torch.__version__}, which has no {symbol[1]}"
+            return None, f"not loaded: {name} {wants}; build it again on this machine, or install a later torch"
         return None, f"not loaded: {name} raised {type(error).__name__}: {first_line}; build it again on this machine"
 
 
@@ -40,18 +46,30 @@ def no_operators() -> str | None:
     return None
 
 
-def objection(tensor: torch.Tensor) -> str | None:
-    """Why the operators on the CPU can't read a tensor, for where it is; None where they can."""
-    return None if tensor.device.type == "cpu" else f"needs tensors on cpu, got them on {tensor.device}"
+def no_cuda_operators() -> str | None:
+    """Why the extension's operators can't be called for tensors on CUDA; None where they can."""
+    return no_operators() or _cuda_obstacle()
 
 
-def objection_of_single_precision(tensor: torch.Tensor, *_: Any) -> str | None:
+@cache
+def _cuda_obstacle() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    assert module is not None
+    return module.cuda_obstacle() or None
+
+
+def objection(device: str, tensor: torch.Tensor) -> str | None:
+    """Why the operators on a device can't read a tensor, for where it is; None where they can."""
+    return None if tensor.device.type == device else f"needs tensors on {device}, got them on {tensor.device}"
+
+
+def objection_of_single_precision(device: str, tensor: torch.Tensor, *_: Any) -> str | None:
     """The same for operators that work on float32 and less."""
-    return objection(tensor) or (
-        "needs float32, float16 or bfloat16, got float64" if tensor.dtype == torch.float64 else None
-    )
+    double = "needs float32, float16 or bfloat16, got float64" if tensor.dtype == torch.float64 else None
+    return objection(device, tensor) or double
 
 
 def build_record() -> dict[str, Any]:
-    """How the extension was built (compiler, torch, CUDA architectures); empty where there is no extension."""
+    """How the extension was built (compiler, stable ABI of torch, CUDA); empty where there is no extension."""
     return {} if module is None else dict(module.build_record())

@@ -134,6 +134,6 @@ _dispatch.register(
     "sample_anchors",
     "cpu",
     _on_cpu,
-    serves=lambda labels, *_: _native.objection(labels),
+    serves=lambda labels, *_: _native.objection("cpu", labels),
     available=_native.no_operators,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -448,6 +449,6 @@ _register(
     _infonce_cpu.pixel_infonce,
     _infonce_cpu.pixel_infonce_backward,
     _infonce_cpu.pixel_infonce_sum,
-    _native.objection_of_single_precision,
+    partial(_native.objection_of_single_precision, "cpu"),
     _native.no_operators,
 )

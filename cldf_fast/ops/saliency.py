@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from cldf_fast.errors import ConfigError, DataError
-from cldf_fast.ops import _dispatch, _native, _saliency_cpu, reference
+from cldf_fast.ops import _dispatch, _native, _saliency_native, reference
 from cldf_fast.ops._arguments import check_choice, check_tensor, describe, seed_per_image
 
 Reduce = Literal["max_abs", "sum_abs", "l2"]
@@ -218,4 +219,5 @@ def _register(
 
 
 _register("reference", reference)
-_register("cpu", _saliency_cpu, _native.objection_of_single_precision, _native.no_operators)
+for _device, _available in (("cpu", _native.no_operators), ("cuda", _native.no_cuda_operators)):
+    _register(_device, _saliency_native, partial(_native.objection_of_single_precision, _device), _available)

@@ -132,7 +132,7 @@ def test_the_reason_for_a_missing_extension_reaches_the_report(monkeypatch):
     with pytest.raises(BackendError, match="built for another torch"):
         fuse_evidence(maps, maps, label, thresholds=(0, 0, 0, 0), impl="cpu")
     monkeypatch.setattr(_native, "reason", None)
-    assert backend_report()["fuse_evidence"]["cuda"] == "not built: this version has no cuda kernel for it"
+    assert backend_report()["pixel_infonce"]["cuda"] == "not built: this version has no cuda kernel for it"
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,10 @@ def test_the_reason_for_a_missing_extension_reaches_the_report(monkeypatch):
         (None, "not built: the extension extension_under_test is absent"),
         ("import surely_absent", "not loaded: extension_under_test needs the module surely_absent"),
         ("raise ImportError('undefined symbol: f\\nmore')", "raised ImportError: undefined symbol: f; build it again"),
+        (
+            "raise ImportError('/somewhere/_C.so: undefined symbol: torch_of_tomorrow')",
+            f"was built for a later torch than {torch.__version__}, which has no torch_of_tomorrow; build it again",
+        ),
         ("raise RuntimeError('')", "raised RuntimeError: ; build it again"),
     ],
 )
@@ -163,6 +167,21 @@ def test_an_extension_that_loads_hands_out_its_record(monkeypatch):
     assert _native.build_record() == {"compiler": "g++"}
     monkeypatch.setattr(_native, "module", None)
     assert _native.build_record() == {}
+
+
+@pytest.mark.parametrize(("obstacle", "reason"), [("", None), ("no NVIDIA driver", "no NVIDIA driver")])
+def test_the_extension_is_asked_about_cuda_where_torch_has_a_device(obstacle, reason, monkeypatch):
+    monkeypatch.setattr(_native, "no_operators", lambda: None)
+    monkeypatch.setattr(_native, "module", types.SimpleNamespace(cuda_obstacle=lambda: obstacle))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    _native._cuda_obstacle.cache_clear()
+    assert _native.no_cuda_operators() == reason
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    _native._cuda_obstacle.cache_clear()
+    assert _native.no_cuda_operators() == "no CUDA device"
+    monkeypatch.setattr(_native, "no_operators", lambda: "not built")
+    assert _native.no_cuda_operators() == "not built"
+    _native._cuda_obstacle.cache_clear()
 
 
 def test_importing_the_operations_stays_light():

@@ -1,4 +1,6 @@
-"""Around the classifier on the CPU: memory for the results of csrc/cpu/saliency.cpp. Contracts: `ops.reference`.
+"""Around the classifier in compiled code: memory for the results of csrc/cpu/saliency.cpp and csrc/cuda/saliency.cu.
+
+Which of the two runs is a matter of the tensors' device. Contracts: `ops.reference`.
 
 Small inputs are made contiguous; gradients and maps are read as they lie.
 """
