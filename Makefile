@@ -1,6 +1,7 @@
 # make demo    set up, then the whole method on the built-in phantom, with a report under runs/demo
 # make test    set up, then linters and tests
 # make lint    set up, then ruff and mypy
+# make sanitize  set up, then the C++ operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make setup   only set up: a virtual environment in .venv, or in VENV=...; PYTHON=python3.12 picks the interpreter
 # make weights train the networks that are bundled for the demo again (about 35 minutes)
 # make clean   remove what was built, not what was installed or produced
@@ -13,7 +14,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: setup demo test lint weights clean
+.PHONY: setup demo test lint sanitize weights clean
 
 setup: $(INSTALLED)
 
@@ -39,6 +40,9 @@ test: lint
 lint: setup
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/mypy
+
+sanitize: setup
+	@.ci/sanitize $(VENV)/bin/python
 
 weights: setup
 	@$(VENV)/bin/cldf-fast train cdm --config benchmarks/configs/phantom.yaml --out runs/phantom-weights

@@ -41,7 +41,7 @@ def test_auto_takes_the_fastest_backend_that_serves():
 def test_a_named_backend_serves_or_says_why_not():
     with pytest.raises(BackendError, match=r"impl: triton can't serve pixel_seed \(not built: .*; ask for auto"):
         pixel_seed(X, impl="triton")
-    with pytest.raises(BackendError, match=r"cuda can't serve pixel_seed \(not "):
+    with pytest.raises(BackendError, match=r"cuda can't serve pixel_seed \((not built|no CUDA device)"):
         pixel_seed(X, impl="cuda")
     register_marked("cuda", 3, serves=lambda x: f"needs a CUDA tensor, got one on {x.device}")
     with pytest.raises(BackendError, match="needs a CUDA tensor, got one on cpu"):
