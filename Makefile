@@ -1,7 +1,7 @@
 # make demo    set up, then the whole method on the built-in phantom, with a report under runs/demo
 # make test    set up, then linters and tests
 # make lint    set up, then ruff and mypy
-# make sanitize  set up, then the C++ operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make sanitize set up, then tests of the C++ under AddressSanitizer and UndefinedBehaviorSanitizer
 # make setup   only set up: a virtual environment in .venv, or in VENV=...; PYTHON=python3.12 picks the interpreter
 # make weights train the networks that are bundled for the demo again (about 35 minutes)
 # make clean   remove what was built, not what was installed or produced

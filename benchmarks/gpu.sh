@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: builds the extension, runs the GPU tests, tunes the tiles of the Triton
-# kernels, and measures with the shipped tiles and with the tuned ones. Needs torch with CUDA, Triton, pytest and a C++
-# compiler, and no network. One step that fails does not stop the others: logs and JSON are in the folder.
+# Everything that needs a GPU, in one command: builds the extension for it, runs the GPU tests, the small ones under
+# compute-sanitizer too, measures, tunes the tiles of the Triton kernels and measures with the tuned ones. Needs torch with
+# CUDA, Triton, pytest, ninja, nvcc and a C++ compiler, and no network. One step that fails does not stop the others: logs
+# and JSON are in the folder.
 #
 #     benchmarks/gpu.sh FOLDER
 set -u
@@ -25,8 +26,18 @@ export PYTHONPATH=$PWD
   git rev-parse HEAD
 } >"$out/machine.txt" 2>&1
 
+CLDF_FAST_CUDA_ARCHITECTURES=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
+export CLDF_FAST_CUDA_ARCHITECTURES
 step build 300 "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index -e .
 step tests 300 "$python" -m pytest -q -p no:cacheprovider -m gpu tests
+step doctor 60 "$python" -m cldf_fast.doctor
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck; do
+    step "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -q -p no:cacheprovider \
+      tests/ops/test_cuda.py -k "agrees and (saliency or anchors)"
+  done
+fi
+step anchors 60 "$python" -m benchmarks.bench_anchors gpu
 step shipped 200 "$python" -m benchmarks.bench_infonce gpu
 step tune 400 "$python" -m cldf_fast.kernels.tuning "$out/tuned.json"
 if [ -s "$out/tuned.json" ]; then

@@ -69,6 +69,61 @@ def test_cuda_agrees_with_the_cpu_without_synchronising(name, request):
         torch.testing.assert_close(ours.cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
+def replayed(step, *inputs):
+    """What a captured step gives for other values in its inputs, and what it gives when it is called with them."""
+    warm = torch.cuda.Stream()
+    with torch.cuda.stream(warm):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for values in inputs:
+            values.copy_(values.roll(1, dims=0))
+    graph.replay()
+    expected = step()
+    torch.cuda.synchronize()
+    return captured, expected
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_cuda_graph_replays_anchors_with_another_seed(weighted):
+    labels = torch.randint(-1, 3, (4, 60, 50), device="cuda")
+    weight = torch.rand(4, 60, 50, device="cuda") if weighted else None
+    seed = torch.arange(4, device="cuda")
+
+    def step():
+        return sample_anchors(labels, weight, num_classes=3, per_class=70, seed=seed, impl="triton")
+
+    captured, expected = replayed(step, labels, seed)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(captured, expected, strict=True))
+
+
+def test_a_cuda_graph_replays_saliency():
+    x, present = torch.randn(3, 2, 31, 18, device="cuda"), torch.rand(3, 2, device="cuda") < 0.7
+    alpha_bar = torch.tensor([0.9, 0.4], device="cuda")
+    captured, expected = replayed(lambda: saliency(x, alpha_bar, present), x, present)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(captured, expected, strict=True))
+
+
+def test_large_labels_are_sampled_as_on_the_cpu():
+    labels = torch.randint(-1, 3, (1, 4096, 8192), dtype=torch.int8)
+    options = {"num_classes": 3, "per_class": 500, "seed": 3}
+    on_device = sample_anchors(labels.cuda(), **options, impl="triton")
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(on_device, sample_anchors(labels, **options), strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("name", CASES)
+def test_tensors_on_another_device_than_the_current(name):
+    function, make = CASES[name]
+    inputs = make()
+    found = function(*(tensor.to("cuda:1") for tensor in inputs))
+    for ours, expected in zip(found, function(*inputs), strict=True):
+        torch.testing.assert_close(ours.cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("variant", ["per_positive", "supcon"])
 @pytest.mark.parametrize(("size", "dim"), [(300, 40), (2500, 64)])
 def test_a_cuda_graph_replays_loss_and_gradients(size, dim, variant):
@@ -80,20 +135,6 @@ def test_a_cuda_graph_replays_loss_and_gradients(size, dim, variant):
         loss = pixel_infonce(*features, *labels, variant=variant, reduction="mean", impl="triton")
         return loss, *torch.autograd.grad(loss, features)
 
-    warm = torch.cuda.Stream()
-    with torch.cuda.stream(warm):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        for values in features:
-            values.copy_(torch.randn_like(values))
-        for values in labels:
-            values.copy_(torch.randint_like(values, -1, 3))
-    graph.replay()
-    expected = step()
-    torch.cuda.synchronize()
+    captured, expected = replayed(step, *features, *labels)
     for ours, theirs in zip(captured, expected, strict=True):
         assert torch.equal(ours, theirs)
