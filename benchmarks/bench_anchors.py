@@ -28,6 +28,7 @@ PROBLEMS = (
     {"batch": 8, "size": 128, "classes": 2, "per_class": 512},
     {"batch": 1, "size": 2048, "classes": 5, "per_class": 512},
 )
+HEADLINES = PROBLEMS[:1]
 
 Draw = Callable[[Tensor, Tensor, int, int], tuple[Tensor, ...]]
 """(labels [B, H, W], predicted labels [B, H, W], K, S) -> drawn flat pixels, and what goes with them."""

@@ -38,6 +38,7 @@ PROBLEMS = (
     *itertools.product((2,), (1024, 4096, 8192), (64, 128, 256), (2, 5)),
     *itertools.product((1,), (1024, 4096, 8192), (64, 128, 256), (2,)),
 )
+HEADLINES = tuple({"sets": sets, "size": 8192, "dim": 64, "classes": 2} for sets in (1, 2))
 TEMPERATURE = 0.1
 _CHUNK = 512  # anchors, for the rival that works in chunks
 

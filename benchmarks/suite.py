@@ -3,10 +3,12 @@
     OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_anchors.py --benchmark-json=raw.json
     python -m benchmarks.suite keep raw.json      # raw.json -> benchmarks/results/anchors-cpu.json
     python -m benchmarks.suite table benchmarks/results/anchors-cpu.json
+    python -m benchmarks.suite readme             # brings the README's table of speed up to date with the results
 
 A module `bench_<stem>.py` measures all rivals of a problem in one process, one test each, with the parameter `rival`
 and those of the problem. Its `OURS` names the rival that is this package, `case(rival, **problem)` returns what is
-timed, and `SMALL` is a problem that is over in a moment. The time of a rival counts only after its result was compared.
+timed, `SMALL` is a problem that is over in a moment, and `HEADLINES` are those that the README shows. The time of a
+rival counts only after its result was compared.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from cldf_fast.doctor import collect
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+MARKS = "<!-- from benchmarks/results -->", "<!-- end -->"
 
 
 @cache
@@ -113,9 +116,33 @@ def table(results: dict[str, Any]) -> str:
         for row in results["rows"]
         if "extra_bytes" in row
     ]
+    return "\n".join([*lines, "", *(["Extra memory: " + "; ".join(memory)] if memory else []), _where(results)])
+
+
+def summary() -> str:
+    """Markdown: the headline problems of all results."""
+    lines = ["| | problem | ours, ms | others, as multiples |", "|---|---|---|---|"]
+    for file in sorted(RESULTS.glob("*-cpu.json")):
+        results = json.loads(file.read_text(encoding="utf-8"))
+        for problem in importlib.import_module(f"benchmarks.bench_{results['benchmark']}").HEADLINES:
+            runs = {row["rival"]: row["median_ms"] for row in results["rows"] if row["problem"] == problem}
+            ours = runs.pop(results["ours"])
+            others = ", ".join(f"{rival} {time / ours:.1f}" for rival, time in runs.items() if "cpu" not in rival)
+            sizes = ", ".join(f"{name} {value}" for name, value in problem.items())
+            lines.append(f"| {results['benchmark']} | {sizes} | {ours:.2f} | {others} |")
+    return "\n".join([*lines, "", f"({_where(results)})"])
+
+
+def _where(results: dict[str, Any]) -> str:
     device = results["device"]
-    where = f"{device['model']}, {device['threads']} threads, torch {results['versions']['torch']}"
-    return "\n".join([*lines, "", *(["Extra memory: " + "; ".join(memory)] if memory else []), where])
+    return f"{device['model']}, {device['threads']} threads, torch {results['versions']['torch']}"
+
+
+def update(text: str) -> str:
+    """A text with the table between its marks brought up to date."""
+    before, _, rest = text.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    return f"{before}{MARKS[0]}\n{summary()}\n{MARKS[1]}{after}"
 
 
 def main(arguments: list[str]) -> None:
@@ -130,10 +157,15 @@ def main(arguments: list[str]) -> None:
             print(f"{kept.relative_to(ROOT)}\n\n{table(condensed(raw, stem))}")
         case ["table", file]:
             print(table(json.loads(Path(file).read_text(encoding="utf-8"))))
+        case ["readme"]:
+            readme = ROOT / "README.md"
+            readme.write_text(update(readme.read_text(encoding="utf-8")), encoding="utf-8")
         case ["memory", stem, rival, problem]:
             print(_measure_memory(stem, rival, json.loads(problem)))
         case _:
-            sys.exit("usage: python -m benchmarks.suite keep RAW, or table FILE, or memory STEM RIVAL PROBLEM")
+            sys.exit(
+                "usage: python -m benchmarks.suite keep RAW, or table FILE, or readme, or memory STEM RIVAL PROBLEM"
+            )
 
 
 if __name__ == "__main__":
