@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from cldf_fast.errors import BackendError
 from cldf_fast.ops import _native
 
@@ -75,19 +77,40 @@ def select(op: str, impl: str, *arguments: Any) -> Implementation:
         asked_by, name = ENVIRONMENT, os.environ.get(ENVIRONMENT) or "auto"
     if name != "auto" and name not in BACKENDS:
         raise BackendError(f"{asked_by}: expected auto or one of {', '.join(BACKENDS)}, got {name!r}")
-    reasons = []
-    for backend in BACKENDS if name == "auto" else (name,):
-        implementation = _REGISTRY[op].get(backend)
-        reason = _absence(backend) if implementation is None else implementation.objection(*arguments)
-        if implementation is not None and reason is None:
-            return implementation
-        reasons.append(f"{backend} can't serve {op} ({reason})")
-    raise BackendError(f"{asked_by}: {', '.join(reasons)}; ask for auto or another backend")
+    registered, asked_for = _REGISTRY[op], BACKENDS if name == "auto" else (name,)
+    for backend in asked_for:
+        if backend in registered and registered[backend].objection(*arguments) is None:
+            return registered[backend]
+    reasons = (
+        (backend, registered[backend].objection(*arguments) if backend in registered else _absence(backend))
+        for backend in asked_for
+    )
+    sentences = ", ".join(f"{backend} can't serve {op} ({reason})" for backend, reason in reasons)
+    raise BackendError(f"{asked_by}: {sentences}; ask for auto or another backend")
 
 
 def run(op: str, impl: str, *arguments: Any) -> Any:
     """Run `op` on the backend that `select` picks."""
     return select(op, impl, *arguments).run(*arguments)
+
+
+_LIBRARY = torch.library.Library("cldf_fast", "FRAGMENT")
+
+
+def operator(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The torch.library entry of an operation whose results are constants of autograd.
+
+    `torch.library.custom_op` does the same and more, among it what carries gradients, which takes as long as the work
+    on a small image.
+
+    schema: without the namespace; its last argument is `impl`. fake: called with the same arguments.
+    """
+    op = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(op, lambda *arguments: run(op, arguments[-1], *arguments[:-1]), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"cldf_fast::{op}", fake, lib=_LIBRARY)
+    entry: Callable[..., Any] = getattr(torch.ops.cldf_fast, op).default
+    return entry
 
 
 def backend_report() -> dict[str, dict[str, str]]:

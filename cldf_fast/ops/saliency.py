@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from cldf_fast.errors import ConfigError, DataError
-from cldf_fast.ops import _dispatch, reference
+from cldf_fast.ops import _dispatch, _native, _saliency_cpu, reference
 from cldf_fast.ops._arguments import check_choice, check_tensor, describe, seed_per_image
 
 Reduce = Literal["max_abs", "sum_abs", "l2"]
@@ -37,14 +38,9 @@ def pixel_seed(x: Tensor, *, impl: str = "auto") -> Tensor:
     return _pixel_seed(x.detach(), impl)
 
 
-@torch.library.custom_op("cldf_fast::pixel_seed", mutates_args=())
-def _pixel_seed(x: Tensor, impl: str) -> Tensor:
-    return _dispatch.run("pixel_seed", impl, x)
-
-
-@_pixel_seed.register_fake
-def _(x: Tensor, impl: str) -> Tensor:
-    return x.new_empty(x.shape[0], dtype=torch.int64)
+_pixel_seed = _dispatch.operator(
+    "pixel_seed(Tensor x, str impl) -> Tensor", lambda x, *_: x.new_empty(x.shape[0], dtype=torch.int64)
+)
 
 
 def noised_batch(x: Tensor, alpha_bar: Tensor, seed: int | Tensor, *, impl: str = "auto") -> Tensor:
@@ -143,17 +139,15 @@ def gradient_saliency(
     return _gradient_saliency(grad.detach(), reduce, percentile, sigma, level_norm, impl)
 
 
-@torch.library.custom_op("cldf_fast::gradient_saliency", mutates_args=())
-def _gradient_saliency(
-    grad: Tensor, reduce: str, percentile: float, sigma: float, level_norm: bool, impl: str
-) -> Tensor:
-    return _dispatch.run("gradient_saliency", impl, grad, reduce, percentile, sigma, level_norm)
-
-
-@_gradient_saliency.register_fake
-def _(grad: Tensor, *_: Any) -> Tensor:
+def _empty_maps(grad: Tensor, *_: Any) -> Tensor:
     _levels, batch, _channels, height, width = grad.shape
     return grad.new_empty(batch, height, width, dtype=torch.float32)
+
+
+_gradient_saliency = _dispatch.operator(
+    "gradient_saliency(Tensor grad, str reduce, float percentile, float sigma, bool level_norm, str impl) -> Tensor",
+    _empty_maps,
+)
 
 
 def fuse_evidence(
@@ -201,20 +195,35 @@ def fuse_evidence(
     return _fuse_evidence(gradient_map.detach(), cam.detach(), image_label, list(thresholds), impl)
 
 
-@torch.library.custom_op("cldf_fast::fuse_evidence", mutates_args=())
-def _fuse_evidence(
-    gradient_map: Tensor, cam: Tensor, image_label: Tensor, thresholds: list[float], impl: str
-) -> Tensor:
-    return _dispatch.run("fuse_evidence", impl, gradient_map, cam, image_label, thresholds)
-
-
-@_fuse_evidence.register_fake
-def _(gradient_map: Tensor, *_: Any) -> Tensor:
+def _empty_labels(gradient_map: Tensor, *_: Any) -> Tensor:
     batch, _classes, height, width = gradient_map.shape
     return gradient_map.new_empty(batch, height, width, dtype=torch.int8)
 
 
-_dispatch.register("pixel_seed", "reference", reference.pixel_seed)
-_dispatch.register("noised_batch", "reference", reference.noised_batch)
-_dispatch.register("gradient_saliency", "reference", reference.gradient_saliency)
-_dispatch.register("fuse_evidence", "reference", reference.fuse_evidence)
+_fuse_evidence = _dispatch.operator(
+    "fuse_evidence(Tensor gradient_map, Tensor cam, Tensor image_label, float[] thresholds, str impl) -> Tensor",
+    _empty_labels,
+)
+
+
+def _cpu_objection(first: Tensor, *_: Any) -> str | None:
+    if first.device.type != "cpu":
+        return f"needs tensors on cpu, got them on {first.device}"
+    if first.dtype == torch.float64:
+        return "needs float32, float16 or bfloat16, got float64"
+    return None
+
+
+def _register(
+    backend: str,
+    functions: Any,
+    serves: Callable[..., str | None] = lambda *_: None,
+    available: Callable[[], str | None] = lambda: None,
+) -> None:
+    """The four operations on one backend, from a module that has a function of each one's name."""
+    for op in ("pixel_seed", "noised_batch", "gradient_saliency", "fuse_evidence"):
+        _dispatch.register(op, backend, getattr(functions, op), serves=serves, available=available)
+
+
+_register("reference", reference)
+_register("cpu", _saliency_cpu, _cpu_objection, _native.no_operators)

@@ -1,4 +1,4 @@
-// Vectors of floats in GCC's and Clang's vector extension, as wide as a register of the instruction set that this file
+// Vectors of numbers in GCC's and Clang's vector extension, as wide as a register of the instruction set that this file
 // is compiled for. Sources that include it are compiled once for each instruction set and may include nothing that
 // emits functions of the standard library: the linker would keep one copy for all machines.
 
@@ -27,6 +27,9 @@ constexpr int64_t kLanes = 4;
 typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
+constexpr int64_t kDoubles = kLanes / 2;
+typedef double Doubles __attribute__((vector_size(kDoubles * sizeof(double))));
+
 CLDF_INLINE Floats broadcast(float value) { return value - Floats{}; }
 
 CLDF_INLINE Floats load(const float* from) {
@@ -35,7 +38,14 @@ CLDF_INLINE Floats load(const float* from) {
   return values;
 }
 
+CLDF_INLINE Doubles load(const double* from) {
+  Doubles values;
+  std::memcpy(&values, from, sizeof(values));
+  return values;
+}
+
 CLDF_INLINE void store(float* to, Floats values) { std::memcpy(to, &values, sizeof(values)); }
+CLDF_INLINE void store(double* to, Doubles values) { std::memcpy(to, &values, sizeof(values)); }
 
 CLDF_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 

@@ -83,7 +83,8 @@ def test_compiled_code_follows_the_environment(monkeypatch):
 
 
 def test_where_no_backend_serves_every_reason_is_given():
-    _dispatch.register("pixel_seed", "reference", lambda x: x, available=lambda: "switched off")
+    for backend in ("cpu", "reference"):
+        _dispatch.register("pixel_seed", backend, lambda x: x, available=lambda: "switched off")
     with pytest.raises(BackendError, match=r"cuda can't serve .* cpu can't serve .* reference .*\(switched off\)"):
         pixel_seed(X)
 

@@ -1,0 +1,246 @@
+// Loops over the arithmetic of csrc/include/saliency.h, a chunk of elements at a time. Most are written so that the
+// compiler vectorises them; sums, whose order it may not change, are in vectors by hand.
+
+#include "../saliency_kernels.h"
+
+#include "../half_precision.h"
+#include "vector_math.h"
+
+namespace cldf_fast::CLDF_ISA {
+namespace {
+
+// --- Any dtype in and out ---------------------------------------------------------------------------------------------
+
+template <class T, class F>
+CLDF_INLINE void gather(const void* from, int64_t stride, int64_t count, float* to, F widen) {
+  const T* values = static_cast<const T*>(from);
+  if (stride == 1)
+    for (int64_t i = 0; i < count; ++i) to[i] = widen(values[i]);
+  else
+    for (int64_t i = 0; i < count; ++i) to[i] = widen(values[i * stride]);
+}
+
+// The values as contiguous floats: where they are, or in `buffer`.
+const float* read(const Values& values, int64_t count, float* buffer) {
+  if (values.dtype == Dtype::float32 && values.stride == 1) return static_cast<const float*>(values.first);
+  if (values.dtype == Dtype::float32)
+    gather<float>(values.first, values.stride, count, buffer, [](float value) { return value; });
+  else if (values.dtype == Dtype::bfloat16)
+    gather<uint16_t>(values.first, values.stride, count, buffer, [](uint16_t bits) { return from_bfloat16(bits); });
+  else
+    gather<uint16_t>(values.first, values.stride, count, buffer, [](uint16_t bits) { return from_float16(bits); });
+  return buffer;
+}
+
+// The values from an element on, counted from the first one.
+Values shifted(const Values& values, int64_t elements) {
+  const int64_t size = values.dtype == Dtype::float32 ? 4 : 2;
+  return {static_cast<const char*>(values.first) + elements * size, values.dtype, values.stride};
+}
+
+void write(const float* values, Dtype dtype, int64_t count, void* out) {
+  uint16_t* halves = static_cast<uint16_t*>(out);
+  if (dtype == Dtype::bfloat16)
+    for (int64_t i = 0; i < count; ++i) halves[i] = to_bfloat16(values[i]);
+  else
+    for (int64_t i = 0; i < count; ++i) halves[i] = to_float16(values[i]);
+}
+
+// --- Seeds and noise --------------------------------------------------------------------------------------------------
+
+uint64_t hash(const void* x, Dtype dtype, int64_t count, int64_t position) {
+  float buffer[kChunk];
+  const float* values = read({x, dtype, 1}, count, buffer);
+  uint64_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += element_hash(uint64_t(position + i), values[i]);
+  return sum;
+}
+
+void add_noise(const void* x, Dtype dtype, int64_t count, uint64_t seed, int64_t level, int64_t block,
+               NoiseScales scales, void* out) {
+  constexpr int64_t kBlocks = kChunk / 4;
+  float by_place[4][kBlocks], noise[kChunk], buffer[kChunk];
+  const int64_t blocks = (count + 3) / 4;
+  for (int64_t j = 0; j < blocks; ++j) {
+    const Normals normals = noise_block(seed, uint32_t(level), uint32_t(block + j));
+    for (int place = 0; place < 4; ++place) by_place[place][j] = normals.at[place];
+  }
+  for (int64_t j = 0; j < blocks; ++j)
+    for (int place = 0; place < 4; ++place) noise[4 * j + place] = by_place[place][j];
+  const float* values = read({x, dtype, 1}, count, buffer);
+  float* result = dtype == Dtype::float32 ? static_cast<float*>(out) : noise;
+  for (int64_t i = 0; i < count; ++i) result[i] = noised(values[i], noise[i], scales);
+  if (dtype != Dtype::float32) write(result, dtype, count, out);
+}
+
+// --- Saliency ---------------------------------------------------------------------------------------------------------
+
+// value(c, i): channel c at pixel i.
+template <Reduce kReduce, int kChannels, class Value>
+CLDF_INLINE void reduce_few(int64_t count, double* magnitude, Value value) {
+  for (int64_t i = 0; i < count; ++i) {
+    Magnitude<kReduce> pixel;
+    for (int c = 0; c < kChannels; ++c) pixel.add(value(c, i));
+    magnitude[i] = pixel.value();
+  }
+}
+
+// A channel after the other, or each pixel's channels side by side.
+template <Reduce kReduce, int kChannels>
+CLDF_INLINE void reduce_few(const Values& values, int64_t channel_stride, int64_t count, double* magnitude) {
+  float buffer[kChannels * kChunk];
+  if (kChannels > 1 && channel_stride == 1 && values.stride == kChannels) {
+    const float* all = read({values.first, values.dtype, 1}, kChannels * count, buffer);
+    reduce_few<kReduce, kChannels>(count, magnitude, [&](int c, int64_t i) { return all[kChannels * i + c]; });
+  } else {
+    const float* channels[kChannels];
+    for (int c = 0; c < kChannels; ++c)
+      channels[c] = read(shifted(values, c * channel_stride), count, buffer + c * kChunk);
+    reduce_few<kReduce, kChannels>(count, magnitude, [&](int c, int64_t i) { return channels[c][i]; });
+  }
+}
+
+template <Reduce kReduce>
+CLDF_INLINE void reduce_many(const Values& values, int64_t channels, int64_t channel_stride, int64_t count,
+                             double* magnitude) {
+  Magnitude<kReduce> pixels[kChunk];
+  float buffer[kChunk];
+  for (int64_t c = 0; c < channels; ++c) {
+    const float* channel = read(shifted(values, c * channel_stride), count, buffer);
+    for (int64_t i = 0; i < count; ++i) pixels[i].add(channel[i]);
+  }
+  for (int64_t i = 0; i < count; ++i) magnitude[i] = pixels[i].value();
+}
+
+double sum(const double* values, int64_t count) {
+  constexpr int64_t kStep = 4 * kDoubles;
+  Doubles sums[4] = {};
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep)
+    for (int64_t v = 0; v < 4; ++v) sums[v] += load(values + i + v * kDoubles);
+  const Doubles lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  double sum = 0.0;
+  for (int64_t lane = 0; lane < kDoubles; ++lane) sum += lanes[lane];
+  for (; i < count; ++i) sum += values[i];
+  return sum;
+}
+
+template <Reduce kReduce>
+double reduce_by(const Values& values, int64_t channels, int64_t channel_stride, int64_t count, double* magnitude) {
+  if (channels == 1)
+    reduce_few<kReduce, 1>(values, channel_stride, count, magnitude);
+  else if (channels == 2)
+    reduce_few<kReduce, 2>(values, channel_stride, count, magnitude);
+  else if (channels == 3)
+    reduce_few<kReduce, 3>(values, channel_stride, count, magnitude);
+  else if (channels == 4)
+    reduce_few<kReduce, 4>(values, channel_stride, count, magnitude);
+  else
+    reduce_many<kReduce>(values, channels, channel_stride, count, magnitude);
+  return sum(magnitude, count);
+}
+
+double reduce(Reduce reduce, const Values& values, int64_t channels, int64_t channel_stride, int64_t count,
+              double* magnitude) {
+  const auto by = reduce == Reduce::max_abs   ? reduce_by<Reduce::max_abs>
+                  : reduce == Reduce::sum_abs ? reduce_by<Reduce::sum_abs>
+                                              : reduce_by<Reduce::l2>;
+  return by(values, channels, channel_stride, count, magnitude);
+}
+
+// kVectors vectors of out, in registers while the taps go by.
+template <int kVectors>
+CLDF_INLINE void combine_block(const double* const* rows, const double* weights, int64_t num_rows, int64_t x,
+                               double* out) {
+  Doubles sums[kVectors] = {};
+  for (int64_t i = 0; i < num_rows; ++i)
+    for (int v = 0; v < kVectors; ++v) sums[v] += weights[i] * load(rows[i] + x + v * kDoubles);
+  for (int v = 0; v < kVectors; ++v) store(out + x + v * kDoubles, sums[v]);
+}
+
+void combine(const double* const* rows, const double* weights, int64_t num_rows, int64_t count, double* out) {
+  int64_t x = 0;
+  for (; x + 8 * kDoubles <= count; x += 8 * kDoubles) combine_block<8>(rows, weights, num_rows, x, out);
+  for (; x + kDoubles <= count; x += kDoubles) combine_block<1>(rows, weights, num_rows, x, out);
+  for (; x < count; ++x) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < num_rows; ++i) sum += weights[i] * rows[i][x];
+    out[x] = sum;
+  }
+}
+
+void extremes(const double* values, int64_t count, double* least, double* most) {
+  Doubles low = values[0] - Doubles{}, high = low;
+  int64_t i = 0;
+  for (; i + kDoubles <= count; i += kDoubles) {
+    const Doubles some = load(values + i);
+    low = some < low ? some : low;
+    high = some > high ? some : high;
+  }
+  for (int64_t lane = 0; lane < kDoubles && i < count; ++lane, ++i) {
+    low[lane] = values[i] < low[lane] ? values[i] : low[lane];
+    high[lane] = values[i] > high[lane] ? values[i] : high[lane];
+  }
+  *least = low[0];
+  *most = high[0];
+  for (int64_t lane = 1; lane < kDoubles; ++lane) {
+    *least = low[lane] < *least ? low[lane] : *least;
+    *most = high[lane] > *most ? high[lane] : *most;
+  }
+}
+
+int64_t count_up_to(const double* values, int64_t count, double bound) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; ++i) found += values[i] <= bound;
+  return found;
+}
+
+int64_t collect(const double* values, int64_t count, double low, double high, double* out) {
+  constexpr int64_t kBlock = 32;
+  const auto is_wanted = [&](double value) { return (value > low) & (value <= high); };
+  int64_t found = 0;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = begin + kBlock < count ? begin + kBlock : count;
+    int64_t wanted = 0;
+    for (int64_t i = begin; i < end; ++i) wanted += is_wanted(values[i]);
+    if (!wanted) continue;
+    for (int64_t i = begin; i < end; ++i) {
+      const double value = values[i];
+      out[found] = value;
+      found += is_wanted(value);
+    }
+  }
+  return found;
+}
+
+void scale(const double* saliency, double scale, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = scaled_saliency(saliency[i], scale);
+}
+
+// --- Fusion -----------------------------------------------------------------------------------------------------------
+
+void fuse(const Values& gradient_map, int64_t gradient_stride, const Values& cam, int64_t cam_stride,
+          const bool* present, int64_t classes, const Thresholds& thresholds, int64_t count, int8_t* labels) {
+  float gradient_buffer[kChunk], cam_buffer[kChunk], best[kChunk] = {};
+  int32_t winner[kChunk] = {}, unclear[kChunk] = {};
+  for (int64_t k = 0; k < classes; ++k) {
+    if (!present[k]) continue;
+    const float* gradients = read(shifted(gradient_map, k * gradient_stride), count, gradient_buffer);
+    const float* cams = read(shifted(cam, k * cam_stride), count, cam_buffer);
+    for (int64_t i = 0; i < count; ++i) {
+      Fusion pixel{best[i], winner[i], unclear[i]};
+      pixel.add(gradients[i], cams[i], thresholds, int32_t(k + 1));
+      best[i] = pixel.best;
+      winner[i] = pixel.winner;
+      unclear[i] = pixel.unclear;
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) labels[i] = Fusion{best[i], winner[i], unclear[i]}.label();
+}
+
+}  // namespace
+
+extern const SaliencyKernels saliency_kernels{hash,        add_noise, reduce, combine, extremes,
+                                              count_up_to, collect,   scale,  fuse};
+
+}  // namespace cldf_fast::CLDF_ISA
