@@ -131,8 +131,8 @@ class ClassifierSaliency:
 
     def _chunks(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Rows [R, ...] in parts as equal as can be, none beyond the bound."""
-        bound = self.max_batch or (_CUDA_ROWS if rows.is_cuda else max(1, _CPU_PIXELS // rows[0].numel()))
-        return rows.chunk(max(1, -(-len(rows) // bound)))
+        fit = _CUDA_ROWS if rows.is_cuda else _CPU_PIXELS // max(1, rows.shape[2] * rows.shape[3])
+        return rows.chunk(max(1, -(-len(rows) // (self.max_batch or max(1, fit)))))
 
     def _passes(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """(x_t, timesteps) of every pass over images x; the rows are level after level."""
