@@ -111,7 +111,8 @@ class ClassifierSaliency:
         check_tensor("x", x, "floating", ("B", "C", "H", "W"))
         if self.cuda_graph and not x.is_cuda:
             raise ConfigError(f"cuda_graph: expected images on a CUDA device, got {describe(x)}; set cuda_graph=False")
-        with _frozen(self.classifier):
+        # Autograd must work although the caller may be in inference mode, where all else of a prediction belongs.
+        with torch.inference_mode(False), _frozen(self.classifier):
             parts = [self._evidence(images) for images in self._chunks(x)]
         return Evidence(
             torch.cat([part.gradient_map for part in parts]),

@@ -145,7 +145,7 @@ def test_the_probability_alone_is_that_of_the_evidence(classifier: NoiseAwareCla
     torch.testing.assert_close(both.probability(x), both(x).probability, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 def test_a_frozen_classifier_stays_untouched(classifier: NoiseAwareClassifier, context: Any) -> None:
     layer = classifier.block_at(2)
     with context():
