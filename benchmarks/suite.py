@@ -98,7 +98,7 @@ def table(results: dict[str, Any]) -> str:
         problems.setdefault(json.dumps(row["problem"]), {})[row["rival"]] = row
     rivals = list(dict.fromkeys(row["rival"] for row in results["rows"] if row["rival"] != ours))
     names = list(results["rows"][0]["problem"])
-    shares = [key for key in results["rows"][0] if key.endswith("_share")]
+    shares = list(dict.fromkeys(key for row in results["rows"] for key in row if key.endswith("_share")))
     lines = [
         f"| {' | '.join([*names, f'{ours}, ms', *shares, *rivals])} |",
         "|---" * (len(names + shares + rivals) + 1) + "|",

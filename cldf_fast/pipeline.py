@@ -150,6 +150,7 @@ class CLDF:
         """Gradient maps, CAMs and label probabilities of images [N, C, H, W], in batches.
 
         chosen: bool [N], the images that evidence is asked for, by default all; the others' is zero.
+        Raises DataError, naming the first image, where evidence is not finite.
         """
         rows = torch.arange(len(images)) if chosen is None else chosen.nonzero().flatten()
         shape = (len(images), self.num_classes)
@@ -161,6 +162,13 @@ class CLDF:
             evidence.gradient_map[batch] = part.gradient_map.cpu()
             evidence.cam[batch] = part.cam.cpu()
             evidence.probability[batch] = part.probability.cpu()
+        # The maps are on the host by now, so that looking at them synchronises with nothing.
+        finite = torch.stack([maps.isfinite().flatten(1).all(dim=1) for maps in vars(evidence).values()]).all(dim=0)
+        if not finite.all():
+            raise DataError(
+                f"images: expected finite evidence, got NaN or infinity for image {int(finite.int().argmin())}; "
+                f"its pixels or the classifier's weights are not finite, or its gradient overflows"
+            )
         return evidence
 
     def _evidence(self, x: Tensor) -> Evidence:

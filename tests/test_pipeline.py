@@ -92,6 +92,15 @@ def test_evidence_of_chosen_images_only(tiny_cldf: CLDF) -> None:
     assert not tiny_cldf.evidence(x, torch.zeros(19, dtype=torch.bool)).gradient_map.any()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_image_without_finite_evidence_is_named(tiny_cldf: CLDF, value: float) -> None:
+    x = images(19)
+    x[17, 1, 3, 4] = value
+    with pytest.raises(DataError, match=r"images: expected finite evidence, got NaN or infinity for image 17;"):
+        tiny_cldf.evidence(x)
+    assert tiny_cldf.evidence(x, torch.arange(19) != 17).gradient_map.isfinite().all()
+
+
 @pytest.mark.parametrize("condition", ["label", "null"])
 def test_the_condition_is_the_label_or_nothing(tiny_cldf: CLDF, condition: str) -> None:
     values = tiny_cldf.config.model_dump()

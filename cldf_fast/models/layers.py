@@ -142,16 +142,21 @@ class AttentionBlock(nn.Module):
         return (flat + self.proj_out(h)).reshape(batch, channels, height, width)
 
 
-def multi_head_attention(qkv: Tensor, num_heads: int, *, new_order: bool) -> Tensor:
-    """Attention of packed projections [B, 3C, L] -> [B, C, L]; new_order: how heads and q, k, v are interleaved."""
+def multi_head_attention(qkv: Tensor, num_heads: int, *, new_order: bool, queries: int | None = None) -> Tensor:
+    """Attention of packed projections [B, 3C, L] -> [B, C, L]; new_order: how heads and q, k, v are interleaved.
+
+    queries: only the first so many of the L tokens ask, and are returned.
+    """
     batch, width, length = qkv.shape
     per_head = width // (3 * num_heads)
     if new_order:
-        q, k, v = qkv.reshape(batch, 3, num_heads, per_head, length).unbind(1)
+        packed = qkv.reshape(batch, 3, num_heads, per_head, length).transpose(1, 2)
     else:
-        q, k, v = qkv.reshape(batch, num_heads, 3, per_head, length).unbind(2)
-    h = F.scaled_dot_product_attention(q.mT, k.mT, v.mT)
-    return h.mT.reshape(batch, width // 3, length)
+        packed = qkv.reshape(batch, num_heads, 3, per_head, length)
+    # Attention that never holds an L x L matrix exists only for channels that lie side by side.
+    q, k, v = packed.mT.contiguous().unbind(2)
+    h = F.scaled_dot_product_attention(q[:, :, :queries], k, v)
+    return h.mT.reshape(batch, width // 3, -1)
 
 
 class AttentionPool(nn.Module):
@@ -168,4 +173,5 @@ class AttentionPool(nn.Module):
         tokens = x.flatten(2)
         tokens = torch.cat([tokens.mean(dim=2, keepdim=True), tokens], dim=2)
         tokens = tokens + self.positional_embedding.to(tokens.dtype)
-        return self.c_proj(multi_head_attention(self.qkv_proj(tokens), self.num_heads, new_order=True))[:, :, 0]
+        pooled = multi_head_attention(self.qkv_proj(tokens), self.num_heads, new_order=True, queries=1)
+        return self.c_proj(pooled)[:, :, 0]

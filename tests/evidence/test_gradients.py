@@ -13,8 +13,8 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from cldf_fast.diffusion import Diffusion
-from cldf_fast.errors import ConfigError
-from cldf_fast.evidence import ClassifierSaliency, Evidence, pixel_labels
+from cldf_fast.errors import ConfigError, DataError
+from cldf_fast.evidence import ClassifierSaliency, Evidence, gradients, pixel_labels
 from cldf_fast.models.classifier import NoiseAwareClassifier
 from cldf_fast.ops import noised_batch, pixel_seed
 
@@ -119,7 +119,7 @@ def test_an_image_depends_neither_on_its_batch_nor_on_max_batch(classifier: Nois
     x = images(5)
     together = saliency(classifier)(x)
     order = torch.randperm(5)
-    for max_batch in (1, 7):
+    for max_batch in (1, 2, 7):  # below the number of levels, too
         shuffled = saliency(classifier, max_batch=max_batch)(x[order])
         torch.testing.assert_close(shuffled.gradient_map, together.gradient_map[order], rtol=0, atol=1e-6)
         torch.testing.assert_close(shuffled.cam, together.cam[order], rtol=0, atol=1e-5)
@@ -145,7 +145,7 @@ def test_the_probability_alone_is_that_of_the_evidence(classifier: NoiseAwareCla
     torch.testing.assert_close(both.probability(x), both(x).probability, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 def test_a_frozen_classifier_stays_untouched(classifier: NoiseAwareClassifier, context: Any) -> None:
     layer = classifier.block_at(2)
     with context():
@@ -186,10 +186,149 @@ def test_any_callable_serves() -> None:
     torch.testing.assert_close(maps, expected.expand(3, -1, -1, -1))
 
 
-def test_levels_and_times_must_match() -> None:
-    for alpha_bar, timesteps in ((torch.ones(2), torch.ones(3)), (torch.ones(0), torch.ones(0))):
-        with pytest.raises(ConfigError, match="alpha_bar, timesteps: expected two equal lengths"):
-            ClassifierSaliency(lambda x, t: x, alpha_bar=alpha_bar, timesteps=timesteps)
+def test_no_gradient_of_a_parameter_is_computed_and_flags_come_back(classifier: NoiseAwareClassifier) -> None:
+    parameters = list(classifier.parameters())
+    for parameter in parameters[::2]:
+        parameter.requires_grad_(True)
+    expected = [parameter.requires_grad for parameter in parameters]
+    seen: list[bool] = []
+    hook = classifier.register_forward_pre_hook(lambda *_: seen.extend(p.requires_grad for p in parameters))
+    evidence = saliency(classifier)(images(2))
+    assert seen
+    assert not any(seen)
+    assert [parameter.requires_grad for parameter in parameters] == expected
+    with pytest.raises(ConfigError, match="multiples of 2"):
+        saliency(classifier)(torch.zeros(1, 2, 7, 7).double())
+    assert [parameter.requires_grad for parameter in parameters] == expected
+    assert all(parameter.grad is None for parameter in parameters)
+    assert not evidence.gradient_map.requires_grad
+    hook.remove()
+
+
+def test_an_unbounded_batch_stays_in_the_cache_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "_CPU_PIXELS", 4 * 12 * 8)
+    rows: list[int] = []
+
+    def counting(x: Tensor, _timesteps: Tensor) -> Tensor:
+        rows.append(len(x))
+        return x.sum(dim=(2, 3))
+
+    ClassifierSaliency(counting, alpha_bar=torch.rand(3), timesteps=torch.rand(3))(images(3).float())
+    assert rows == [3, 3, 3]
+
+
+def test_bfloat16_is_close_and_used(classifier: NoiseAwareClassifier) -> None:
+    classifier.float()
+    x, seen = images(2).float(), []
+    hook = classifier.block_at(2).register_forward_hook(lambda _m, _a, out: seen.append(out.dtype))
+    full, half = (saliency(classifier, dtype=dtype)(x) for dtype in (torch.float32, torch.bfloat16))
+    hook.remove()
+    assert seen == [torch.float32, torch.bfloat16]
+    for field in ("gradient_map", "cam", "probability"):
+        wide, narrow = getattr(full, field), getattr(half, field)
+        assert narrow.dtype == torch.float32
+        assert 0 < float((wide - narrow).abs().mean()) < 0.02
+
+
+def test_noise_levels_keep_their_precision_for_half_precision_images() -> None:
+    """Rounded to bfloat16, 0.9999 is 1 and there is no noise."""
+    seen: list[Tensor] = []
+
+    def keeping(x: Tensor, _timesteps: Tensor) -> Tensor:
+        seen.append(x.detach())
+        return x.sum(dim=(2, 3))
+
+    x = torch.zeros(1, 1, 8, 8, dtype=torch.bfloat16)
+    ClassifierSaliency(keeping, alpha_bar=torch.tensor([0.9999]), timesteps=torch.ones(1))(x)
+    assert 0.002 < float(seen[0].float().std()) < 0.05
+
+
+def test_a_gradient_that_is_not_finite_marks_its_image_alone(classifier: NoiseAwareClassifier) -> None:
+    x = images(3)
+    x[1, 0, 2, 3] = torch.nan
+    maps = saliency(classifier)(x).gradient_map
+    assert maps[1].isnan().all()
+    assert maps[[0, 2]].isfinite().all()
+
+
+LEVELS = {"alpha_bar": torch.tensor([0.9, 0.5]), "timesteps": torch.tensor([10.0, 50.0])}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha_bar": torch.ones(3)}, r"alpha_bar, timesteps: expected two equal lengths >= 1, got \[3\] and \[2\]"),
+        ({"alpha_bar": torch.ones(0), "timesteps": torch.ones(0)}, "alpha_bar, timesteps: expected two equal lengths"),
+        ({"alpha_bar": torch.tensor([0.5, 0.0])}, r"alpha_bar: expected values in \(0, 1\], got \[0.5, 0.0\]"),
+        ({"alpha_bar": torch.tensor([1.5, 0.5])}, r"alpha_bar: expected values in \(0, 1\], got \[1.5, 0.5\]"),
+        ({"alpha_bar": torch.tensor([0.5, torch.nan])}, r"alpha_bar: expected values in \(0, 1\], got \[0.5, nan\]"),
+        ({"cam_layer": "middle_block"}, "cam_layer: expected a module of the classifier or None, got str"),
+        ({"cam": "gradcam++"}, r"cam: expected one of gradcam, layercam, got 'gradcam\+\+'"),
+        ({"target": "probability"}, "target: expected one of log_probability, logit, got 'probability'"),
+        ({"draws": 0}, "draws: expected at least 1, got 0"),
+        ({"max_batch": 0}, "max_batch: expected at least 1, got 0"),
+        ({"dtype": torch.float16}, "dtype: expected torch.float32 or torch.bfloat16, got torch.float16"),
+    ],
+)
+def test_arguments_are_refused_in_one_sentence(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        ClassifierSaliency(lambda x, _t: x, **{**LEVELS, **options})
+
+
+@pytest.mark.parametrize(("calls", "times"), [(0, "0 times"), (2, "2 times")])
+def test_a_layer_that_is_not_called_once_is_refused(calls: int, times: str) -> None:
+    layer = nn.Conv2d(1, 1, 3, padding=1)
+
+    def classifier(x: Tensor, _timesteps: Tensor) -> Tensor:
+        for _ in range(calls):
+            x = layer(x)
+        return x.mean(dim=(2, 3))
+
+    with pytest.raises(ConfigError, match=f"cam_layer: expected a module .* got a Conv2d that it calls {times}"):
+        ClassifierSaliency(classifier, cam_layer=layer, **LEVELS)(torch.rand(2, 1, 6, 6))
+
+
+@pytest.mark.parametrize(
+    ("classifier", "message"),
+    [
+        (lambda x, _t: x.mean(dim=(1, 2, 3)), r"classifier: expected logits \[4, K\], got float32 \[4\] on cpu"),
+        (lambda x, _t: x.detach().mean(dim=(2, 3)), "classifier: expected logits that autograd can differentiate"),
+    ],
+)
+def test_a_classifier_that_cannot_be_read_is_refused(classifier: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        ClassifierSaliency(classifier, **LEVELS)(torch.rand(2, 1, 6, 6))
+
+
+def test_images_must_have_four_axes(classifier: NoiseAwareClassifier) -> None:
+    for call in (saliency(classifier), saliency(classifier).probability):
+        with pytest.raises(DataError, match=r"x: expected floating \[B, C, H, W\], got float64 \[2, 12, 8\]"):
+            call(images(1)[0])
+
+
+def test_a_cuda_graph_is_refused_on_a_cpu(classifier: NoiseAwareClassifier) -> None:
+    with pytest.raises(ConfigError, match=r"cuda_graph: expected images on a CUDA device, got float64 \[2, 2, 12, 8\]"):
+        saliency(classifier, cuda_graph=True)(images(2))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cuda_graph_replays_the_same_evidence(classifier: NoiseAwareClassifier, dtype: torch.dtype) -> None:
+    classifier.float().cuda()
+    eager, graph = (saliency(classifier, dtype=dtype, cuda_graph=captured) for captured in (False, True))
+    first = graph(images(3).float().cuda())
+    kept = first.gradient_map.clone()
+    # Fresh images, another shape, and weights that changed in place; what was handed out earlier must not change.
+    for count in (3, 2, 3):
+        x = images(count).float().cuda()
+        expected, got = eager(x), graph(x)
+        for field in ("gradient_map", "cam", "probability"):
+            torch.testing.assert_close(getattr(got, field), getattr(expected, field), rtol=0, atol=1e-4)
+        with torch.no_grad():
+            for parameter in classifier.parameters():
+                parameter.mul_(1.01)
+    assert first.gradient_map.equal(kept)
 
 
 def test_pixel_labels_are_counted() -> None:

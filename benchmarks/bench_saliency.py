@@ -1,0 +1,287 @@
+"""Evidence from the project's classifier against what people do: a loop over noise levels, and a pass more for the CAM.
+
+    OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_saliency.py --benchmark-json=raw.json
+    python -m benchmarks.suite keep raw.json
+
+All rivals read the same noised images of the same network and compute the same maps and labels. "whole" goes from
+noised images to pixel labels; "epilogue" is what follows the backward passes: from gradients and CAMs to pixel labels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from captum.attr import LayerGradCam, Saliency
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor, nn
+
+from benchmarks.suite import peak_memory
+from cldf_fast.config import Config
+from cldf_fast.diffusion import Diffusion
+from cldf_fast.evidence import ClassifierSaliency, pixel_labels
+from cldf_fast.models.classifier import NoiseAwareClassifier
+from cldf_fast.ops import backend_report, fuse_evidence, gradient_saliency, noised_batch, pixel_seed
+from cldf_fast.pipeline import build_classifier
+
+OURS = "cpu"
+SMALL = {"part": "whole", "batch": 1, "size": 16, "levels": 2, "classes": 1}
+PROBLEMS = tuple(
+    {"part": part, "batch": 8, "size": size, "levels": 5, "classes": classes}
+    for part in ("epilogue", "whole")
+    for size, classes in ((64, 1), (128, 1), (64, 4))
+)
+
+PERCENTILE, SIGMA = 0.99, 1.5
+THRESHOLDS = (0.8, 0.5, 0.7, 0.5)
+CAM_DOWNSAMPLE = 4
+
+Maps = NDArray[np.float32]
+"""[B, H, W], or [B, K, H, W]."""
+
+
+# --- Shared inputs ----------------------------------------------------------------------------------------------------
+
+
+def network(size: int, classes: int) -> NoiseAwareClassifier:
+    """The default classifier for one channel, with random weights: as initialised its gradient is 0."""
+    torch.manual_seed(0)
+    config = Config.model_validate({"data": {"size": size}})
+    classifier = build_classifier(config, in_channels=1, num_classes=classes).eval()
+    with torch.no_grad():
+        for parameter in classifier.parameters():
+            parameter.normal_(0, 0.2 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
+    return classifier
+
+
+def noise_levels(levels: int) -> tuple[Tensor, Tensor]:
+    """alpha_bar and times [T] of steps 0, 50, 100, ..."""
+    diffusion, steps = Diffusion(), 50 * torch.arange(levels)
+    return diffusion.alpha_bar[steps], diffusion.network_time(steps)
+
+
+def images(batch: int, size: int) -> Tensor:
+    """Discs on noise, float32 [B, 1, H, W] in [-1, 1]."""
+    generator = torch.Generator().manual_seed(1)
+    axis = torch.linspace(-1, 1, size)
+    disc = (axis.square() + axis.square().unsqueeze(1)).sqrt() < 0.4
+    return (disc + 0.2 * torch.randn(batch, 1, size, size, generator=generator)).clamp(-1, 1)
+
+
+# --- The public way ---------------------------------------------------------------------------------------------------
+
+
+def smoothed_and_scaled(magnitude: Maps) -> Maps:
+    """What `ops.gradient_saliency` does after the mean over levels, an image at a time, as scripts do."""
+    maps = []
+    for image in magnitude:
+        blurred = ndimage.gaussian_filter(image, SIGMA, mode="mirror", truncate=4.0)
+        upper = np.percentile(blurred, 100 * PERCENTILE, method="inverted_cdf")
+        maps.append(np.clip(blurred / upper, 0, 1) if upper > 0 else blurred)
+    return np.stack(maps)
+
+
+def level_magnitude(gradient: NDArray[np.float32]) -> Maps:
+    """Gradients [B, C, H, W] of one level: magnitudes summed over channels, every image divided by its mean."""
+    magnitude = np.abs(gradient).sum(axis=1)
+    return np.asarray(magnitude / magnitude.mean(axis=(1, 2), keepdims=True))
+
+
+def scaled(maps: Maps) -> Maps:
+    """Every map divided by its maximum."""
+    return np.asarray(maps / np.maximum(maps.max(axis=(1, 2), keepdims=True), np.finfo(np.float32).tiny))
+
+
+def resized(cams: Maps, size: int) -> Maps:
+    """Bilinear, without aligned corners."""
+    wide = F.interpolate(torch.from_numpy(cams).unsqueeze(1), (size, size), mode="bilinear", align_corners=False)
+    return wide.squeeze(1).numpy()
+
+
+def fused(gradient_map: Maps, cam: Maps) -> NDArray[np.int8]:
+    """Pixel labels where both maps are above or both below their thresholds; every image has every class."""
+    foreground_gradient, foreground_cam, background_gradient, background_cam = THRESHOLDS
+    claimed = (gradient_map >= foreground_gradient) & (cam >= foreground_cam)
+    clear = (gradient_map <= background_gradient) & (cam <= background_cam)
+    labels = np.where(clear.all(axis=1), 0, -1)
+    winner = np.where(claimed, gradient_map * cam, -np.inf).argmax(axis=1) + 1
+    return np.where(claimed.any(axis=1), winner, labels).astype(np.int8)
+
+
+def results(gradient_map: Maps, cam: Maps) -> tuple[Tensor, ...]:
+    """Maps of all classes and the labels from them, as tensors."""
+    return torch.from_numpy(gradient_map), torch.from_numpy(cam), torch.from_numpy(fused(gradient_map, cam))
+
+
+class GradCAM:
+    """As the public tools do: hooks keep activations and gradients in numpy, backward fills the parameters' .grad."""
+
+    def __init__(self, classifier: nn.Module, layer: nn.Module) -> None:
+        self.classifier = classifier
+        self.activation = self.gradient = np.empty(0, dtype=np.float32)
+        layer.register_forward_hook(self.keep)
+
+    def keep(self, _module: nn.Module, _arguments: Any, output: Tensor) -> None:
+        self.activation = output.detach().cpu().numpy()
+        output.register_hook(self.keep_gradient)
+
+    def keep_gradient(self, gradient: Tensor) -> None:
+        self.gradient = gradient.detach().cpu().numpy()
+
+    def __call__(self, x_t: Tensor, times: Tensor, target: int) -> Maps:
+        logits = self.classifier(x_t.clone().requires_grad_(), times)
+        self.classifier.zero_grad()
+        logits[:, target].sum().backward(retain_graph=True)
+        weight = self.gradient.mean(axis=(2, 3), keepdims=True)
+        return np.asarray(np.maximum((weight * self.activation).sum(axis=1), 0))
+
+
+Attribute = Callable[[Tensor, Tensor, int], NDArray[np.float32]]
+"""(x_t [B, C, H, W] of one level, times [B], class) -> gradients [B, C, H, W] or CAMs [B, h, w]."""
+
+
+def by_level(
+    noised: Tensor, times: Tensor, batch: int, classes: int, gradient_of: Attribute, cam_of: Attribute
+) -> tuple[Tensor, ...]:
+    """One class and one level after the other, for gradients and for CAMs, in numpy from there on."""
+    gradient_maps, cam_maps = [], []
+    for k in range(classes):
+        magnitudes, cams = [], []
+        for x_t, time_of_level in zip(noised.split(batch), times, strict=True):
+            level_times = time_of_level.expand(batch)
+            magnitudes.append(level_magnitude(gradient_of(x_t, level_times, k)))
+            cams.append(scaled(cam_of(x_t, level_times, k)))
+        gradient_maps.append(smoothed_and_scaled(np.mean(magnitudes, axis=0)))
+        cam_maps.append(scaled(resized(np.mean(cams, axis=0), noised.shape[-1])))
+    return results(np.stack(gradient_maps, axis=1), np.stack(cam_maps, axis=1))
+
+
+def autograd_and_hooks(classifier: NoiseAwareClassifier) -> tuple[Attribute, Attribute]:
+    """Guided-diffusion's way to a gradient, the CAM tools' way to a CAM."""
+
+    def gradient_of(x_t: Tensor, times: Tensor, target: int) -> NDArray[np.float32]:
+        x_t = x_t.detach().requires_grad_()
+        logits = classifier(x_t, times)
+        return torch.autograd.grad(logits[:, target].sum(), x_t)[0].cpu().numpy()
+
+    return gradient_of, GradCAM(classifier, classifier.block_at(CAM_DOWNSAMPLE))
+
+
+def captum(classifier: NoiseAwareClassifier) -> tuple[Attribute, Attribute]:
+    """Captum's Saliency and LayerGradCam, called as in its documentation."""
+    saliency, cam = Saliency(classifier), LayerGradCam(classifier, classifier.block_at(CAM_DOWNSAMPLE))
+
+    def gradient_of(x_t: Tensor, times: Tensor, target: int) -> NDArray[np.float32]:
+        x_t = x_t.detach().requires_grad_()
+        return saliency.attribute(x_t, target=target, additional_forward_args=(times,)).detach().numpy()
+
+    def cam_of(x_t: Tensor, times: Tensor, target: int) -> NDArray[np.float32]:
+        heat = cam.attribute(x_t, target=target, additional_forward_args=(times,), relu_attributions=True)
+        return heat.detach().squeeze(1).numpy()
+
+    return gradient_of, cam_of
+
+
+# --- What is timed ----------------------------------------------------------------------------------------------------
+
+
+def ours_whole(saliency: ClassifierSaliency, x: Tensor, classes: int) -> tuple[Tensor, ...]:
+    """Images to labels, the noise included."""
+    evidence = saliency(x)
+    present = torch.ones(len(x), classes, dtype=torch.bool)
+    return evidence.gradient_map, evidence.cam, pixel_labels(evidence, present, THRESHOLDS).labels
+
+
+def ours_epilogue(gradients: Tensor, cam: Tensor, impl: str) -> tuple[Tensor, ...]:
+    """Gradients [T, B, K, C, H, W] and CAMs [B, K, H, W] to labels."""
+    by_level = gradients.flatten(1, 2)
+    maps = gradient_saliency(by_level, reduce="sum_abs", percentile=PERCENTILE, sigma=SIGMA, impl=impl)
+    gradient_map = maps.view_as(cam)
+    present = torch.ones(cam.shape[:2], dtype=torch.bool)
+    return gradient_map, cam, fuse_evidence(gradient_map, cam, present, thresholds=THRESHOLDS, impl=impl)
+
+
+def numpy_epilogue(gradients: Tensor, cam: Tensor) -> tuple[Tensor, ...]:
+    """The same in numpy and scipy."""
+    magnitudes = [level_magnitude(level.numpy()) for level in gradients.flatten(1, 2)]
+    maps = smoothed_and_scaled(np.mean(magnitudes, axis=0))
+    return results(maps.reshape(cam.shape), cam.numpy())
+
+
+EPILOGUES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
+    "cpu": partial(ours_epilogue, impl="cpu"),
+    "reference": partial(ours_epilogue, impl="reference"),
+    "numpy": numpy_epilogue,
+}
+WHOLE = {"autograd_and_hooks": autograd_and_hooks, "captum": captum}
+RIVALS = {"epilogue": tuple(EPILOGUES), "whole": (OURS, *WHOLE)}
+
+
+def case(rival: str, part: str, batch: int, size: int, levels: int, classes: int) -> Callable[[], tuple[Tensor, ...]]:
+    """What is timed: a call that gives gradient maps and CAMs [B, K, H, W] and labels [B, H, W]."""
+    if part == "epilogue":
+        generator = torch.Generator().manual_seed(2)
+        gradients = torch.randn(levels, batch, classes, 1, size, size, generator=generator)
+        return partial(EPILOGUES[rival], gradients, torch.rand(batch, classes, size, size, generator=generator))
+    classifier, x, (alpha_bar, times) = network(size, classes), images(batch, size), noise_levels(levels)
+    if rival != OURS:
+        noised = noised_batch(x, alpha_bar, pixel_seed(x))
+        return partial(by_level, noised, times, batch, classes, *WHOLE[rival](classifier))
+    saliency = ClassifierSaliency(
+        classifier,
+        alpha_bar=alpha_bar,
+        timesteps=times,
+        cam_layer=classifier.block_at(CAM_DOWNSAMPLE),
+        cam="gradcam",
+        target="logit",
+        percentile=PERCENTILE,
+        sigma=SIGMA,
+    )
+    return partial(ours_whole, saliency, x, classes)
+
+
+@pytest.mark.parametrize(
+    ("rival", "part", "batch", "size", "levels", "classes"),
+    [(rival, *problem.values()) for problem in PROBLEMS for rival in RIVALS[str(problem["part"])]],
+)
+def test_evidence(benchmark: Any, rival: str, part: str, batch: int, size: int, levels: int, classes: int) -> None:
+    if rival == OURS and backend_report()["gradient_saliency"]["cpu"] != "serving":
+        pytest.skip("the compiled extension is absent")
+    problem = {"part": part, "batch": batch, "size": size, "levels": levels, "classes": classes}
+    run = case(rival, **problem)
+    if part == "epilogue":
+        got = benchmark.pedantic(run, warmup_rounds=3, rounds=30)
+    else:
+        got = benchmark.pedantic(run, warmup_rounds=1, rounds=5)
+        benchmark.extra_info["extra_bytes"] = peak_memory("saliency", rival, problem)
+        if rival == OURS:
+            epilogue = seconds(case(OURS, **problem | {"part": "epilogue"}))
+            benchmark.extra_info["epilogue_share"] = round(epilogue / benchmark.stats.stats.median, 5)
+    check(got, case(RIVALS[part][-1] if rival == OURS else OURS, **problem)())
+
+
+def check(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """Maps agree to 1e-4, and labels but for a few pixels whose map is at a threshold."""
+    for ours, theirs in zip(got[:2], expected[:2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+        assert ours.std() > 0.01
+    assert (got[2] != expected[2]).float().mean() < 1e-3
+    assert len(got[2].unique()) > 1
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """The median of thirty calls."""
+    times = []
+    for _ in range(30):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return median(times)
