@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from captum.attr import LayerGradCam, Saliency
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor, nn
@@ -34,11 +33,12 @@ from cldf_fast.pipeline import build_classifier
 
 OURS = "cpu"
 SMALL = {"part": "whole", "batch": 1, "size": 16, "levels": 2, "classes": 1}
-PROBLEMS = tuple(
+PROBLEMS: tuple[dict[str, Any], ...] = tuple(
     {"part": part, "batch": 8, "size": size, "levels": 5, "classes": classes}
     for part in ("epilogue", "whole")
     for size, classes in ((64, 1), (128, 1), (64, 4))
 )
+HEADLINES = PROBLEMS
 
 PERCENTILE, SIGMA = 0.99, 1.5
 THRESHOLDS = (0.8, 0.5, 0.7, 0.5)
@@ -177,6 +177,8 @@ def autograd_and_hooks(classifier: NoiseAwareClassifier) -> tuple[Attribute, Att
 
 def captum(classifier: NoiseAwareClassifier) -> tuple[Attribute, Attribute]:
     """Captum's Saliency and LayerGradCam, called as in its documentation."""
+    from captum.attr import LayerGradCam, Saliency
+
     saliency, cam = Saliency(classifier), LayerGradCam(classifier, classifier.block_at(CAM_DOWNSAMPLE))
 
     def gradient_of(x_t: Tensor, times: Tensor, target: int) -> NDArray[np.float32]:
@@ -255,7 +257,9 @@ def case(rival: str, part: str, batch: int, size: int, levels: int, classes: int
 def test_evidence(benchmark: Any, rival: str, part: str, batch: int, size: int, levels: int, classes: int) -> None:
     if rival == OURS and backend_report()["gradient_saliency"]["cpu"] != "serving":
         pytest.skip("the compiled extension is absent")
-    problem = {"part": part, "batch": batch, "size": size, "levels": levels, "classes": classes}
+    if rival == "captum":
+        pytest.importorskip("captum")
+    problem: dict[str, Any] = {"part": part, "batch": batch, "size": size, "levels": levels, "classes": classes}
     run = case(rival, **problem)
     if part == "epilogue":
         got = benchmark.pedantic(run, warmup_rounds=3, rounds=30)
