@@ -1,15 +1,18 @@
 // Class-balanced anchor sampling on the CPU: of every class of every image the pixels that arrive first.
 //
-// One pass computes all times and how many pixels of each class arrive in which of kBins intervals; the interval in
-// which the last one to be drawn arrives bounds what a second pass collects, and only that little is sorted. Results
-// are exact and depend on nothing but the pixels: times are unique once the pixel's index is appended.
+// A first pass counts pixels and adds up weights, which tells by when somewhat more pixels than are wanted should have
+// arrived. A second pass computes times and collects what arrives by then; only that little is sorted. Where too few
+// have arrived, as with weights of very different sizes, time is given in plenty and the pass repeated. Results are
+// exact and depend on nothing but the pixels: times are unique once the pixel's index is appended.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -22,9 +25,8 @@ using namespace cldf_fast;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kBins = 1024;
-// Pixels whose times are computed at once, and those that a task has at least.
-constexpr int64_t kBlock = 1024, kLeastChunk = 16384;
+// Pixels whose times are computed at once, and those that a task has.
+constexpr int64_t kBlock = 1024, kChunk = 16 * kBlock;
 
 const AnchorKernels& kernels() {
   static const AnchorKernels& chosen = CLDF_BEST(anchor_kernels);
@@ -44,24 +46,23 @@ class Race {
   Race(const Draw& draw, const Label* labels)
       : d_(draw),
         labels_(labels),
-        // A task's counts take no more memory than its times.
-        chunk_(std::max(kLeastChunk, rows() * kBins)),
-        chunks_(ceil_div(d_.pixels, chunk_)),
-        // float32 bits that are not negative have one bit less.
-        shift_(d_.weights ? 21 : 22),
-        times_(d_.batch * d_.pixels),
-        arrivals_(d_.batch * chunks_ * rows() * kBins),
-        last_bin_(d_.batch * rows(), -1),
+        chunks_(ceil_div(d_.pixels, kChunk)),
+        counts_(d_.batch * chunks_ * rows()),
+        weights_(d_.weights ? counts_.size() : 0),
+        limits_(d_.batch * rows(), kNobody),
         collected_(d_.batch * chunks_ * d_.classes) {}
 
   void run() {
-    each(d_.batch * chunks_, [&](int64_t task) { time(task); });
-    each(d_.batch * d_.classes, [&](int64_t row) { bound(row); });
-    each(d_.batch * chunks_, [&](int64_t task) { collect(task); });
+    each(d_.batch * chunks_, [&](int64_t task) { count(task); });
+    for (double patience = 1.0; set_limits(patience); patience *= 16.0)
+      each(d_.batch * chunks_, [&](int64_t task) { collect(task); });
     each(d_.batch * d_.classes, [&](int64_t row) { order(row); });
   }
 
  private:
+  // Pixels of no class are counted in a row of their own, and so need no branch.
+  int64_t rows() const { return d_.classes + 1; }
+
   template <class F>
   static void each(int64_t tasks, F f) {
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
@@ -69,59 +70,97 @@ class Race {
     });
   }
 
-  // Pixels of no class are counted in a row of their own, and so need no branch.
-  int64_t rows() const { return d_.classes + 1; }
-
-  // The class of a pixel, or `classes` for none. One comparison sees labels below 0 too.
-  int64_t row_of(int64_t pixel) const {
-    return int64_t(std::min(uint64_t(int64_t(labels_[pixel])), uint64_t(d_.classes)));
+  // Tasks are the chunks of one image after those of another.
+  struct Part {
+    int64_t image, begin, end;  // its pixels
+  };
+  Part part(int64_t task) const {
+    const int64_t begin = task % chunks_ * kChunk;
+    return {task / chunks_, begin, std::min(begin + kChunk, d_.pixels)};
   }
 
-  // Calls f(pixel, pixel of the whole batch) for the pixels of a chunk, `task` counting the chunks of all images.
-  template <class F>
-  void each_pixel(int64_t task, F f) const {
-    const int64_t image = task / chunks_, begin = task % chunks_ * chunk_, end = std::min(begin + chunk_, d_.pixels);
-    for (int64_t pixel = begin; pixel < end; ++pixel) f(pixel, image * d_.pixels + pixel);
+  // The class of a pixel of the batch, or `classes` for none. One comparison sees labels below 0 too.
+  int64_t row_of(int64_t at) const {
+    const int64_t row = int64_t(std::min(uint64_t(int64_t(labels_[at])), uint64_t(d_.classes)));
+    return d_.weights && !(d_.weights[at] > 0.0f) ? d_.classes : row;
   }
 
-  void time(int64_t task) {
-    const int64_t image = task / chunks_, begin = task % chunks_ * chunk_, end = std::min(begin + chunk_, d_.pixels);
-    for (int64_t first = begin; first < end; first += kBlock) {
-      const int64_t at = image * d_.pixels + first;
-      kernels().arrival_times(uint64_t(d_.seeds[image]), uint64_t(d_.images[image]), uint32_t(first),
-                              std::min(kBlock, end - first), d_.weights ? d_.weights + at : nullptr, &times_[at]);
+  void count(int64_t task) {
+    const Part p = part(task);
+    for (int64_t pixel = p.begin; pixel < p.end; ++pixel) {
+      const int64_t at = p.image * d_.pixels + pixel, place = task * rows() + row_of(at);
+      ++counts_[place];
+      if (d_.weights) weights_[place] += d_.weights[at];
     }
-    int32_t* arrivals = &arrivals_[task * rows() * kBins];
-    each_pixel(task, [&](int64_t, int64_t at) {
-      if (drawn(at)) ++arrivals[row_of(at) * kBins + (times_[at] >> shift_)];
-    });
   }
 
-  bool drawn(int64_t at) const { return !d_.weights || times_[at] != kNever; }
+  template <class T>
+  double total(const std::vector<T>& of_tasks, int64_t image, int64_t label) const {
+    double sum = 0.0;
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) sum += of_tasks[(image * chunks_ + chunk) * rows() + label];
+    return sum;
+  }
 
-  // How many are drawn, and the interval in which the last of them arrives.
-  void bound(int64_t row) {
-    const int64_t image = row / d_.classes, label = row % d_.classes;
-    int64_t seen = 0, bin = -1;
-    while (seen < d_.per_class && ++bin < kBins)
-      for (int64_t chunk = 0; chunk < chunks_; ++chunk)
-        seen += arrivals_[((image * chunks_ + chunk) * rows() + label) * kBins + bin];
-    last_bin_[image * rows() + label] = bin;
-    d_.counts[row] = std::min(seen, d_.per_class);
+  int64_t arrived(int64_t image, int64_t label) const {
+    int64_t sum = 0;
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk)
+      sum += int64_t(collected_[(image * chunks_ + chunk) * d_.classes + label].size());
+    return sum;
+  }
+
+  // Up to when classes that lack pixels are collected, and nobody of the others. False if none does.
+  bool set_limits(double patience) {
+    // Few of a class arrive later than five standard deviations after they are expected.
+    const double wanted = patience * (double(d_.per_class) + 5.0 * std::sqrt(double(d_.per_class)) + 10.0);
+    bool lacking = false;
+    for (int64_t image = 0; image < d_.batch; ++image)
+      for (int64_t label = 0; label < d_.classes; ++label) {
+        const double population = total(counts_, image, label);
+        const int64_t row = image * d_.classes + label;
+        d_.counts[row] = std::min(int64_t(population), d_.per_class);
+        const bool lacks = arrived(image, label) < d_.counts[row];
+        limits_[image * rows() + label] = !lacks ? kNobody : limit(wanted, population, image, label);
+        lacking |= lacks;
+      }
+    return lacking;
+  }
+
+  // The time by which so many arrive on average: uniform times are whole numbers below 2^32, the others float32 bits,
+  // and of these about time * weight arrive as long as few have.
+  int64_t limit(double wanted, double population, int64_t image, int64_t label) const {
+    constexpr int64_t kEverybody = kNever - 1;
+    if (wanted >= population) return d_.weights ? kEverybody : kNever;
+    if (!d_.weights) return int64_t(wanted / population * 4294967296.0);
+    const float time = float(wanted / total(weights_, image, label));
+    if (!(time > 0.0f)) return kEverybody;  // infinite weights
+    uint32_t bits;
+    std::memcpy(&bits, &time, sizeof(bits));
+    return bits;
   }
 
   void collect(int64_t task) {
-    const int64_t* last = &last_bin_[task / chunks_ * rows()];
+    const Part p = part(task);
+    const int64_t* limits = &limits_[p.image * rows()];
     std::vector<uint64_t>* collected = &collected_[task * d_.classes];
-    each_pixel(task, [&](int64_t pixel, int64_t at) {
-      if (int64_t(times_[at] >> shift_) <= last[row_of(at)] && drawn(at))
-        collected[row_of(at)].push_back(uint64_t(times_[at]) << 31 | uint64_t(pixel));
-    });
+    for (int64_t k = 0; k < d_.classes; ++k)
+      if (limits[k] != kNobody) collected[k].clear();
+    uint32_t times[kBlock];
+    for (int64_t first = p.begin; first < p.end; first += kBlock) {
+      const int64_t at = p.image * d_.pixels + first, count = std::min(kBlock, p.end - first);
+      kernels().arrival_times(uint64_t(d_.seeds[p.image]), uint64_t(d_.images[p.image]), uint32_t(first), count,
+                              d_.weights ? d_.weights + at : nullptr, times);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = row_of(at + i);
+        if (int64_t(times[i]) <= limits[row])
+          collected[row].push_back(uint64_t(times[i]) << 31 | uint64_t(first + i));
+      }
+    }
   }
 
   void order(int64_t row) {
     const int64_t image = row / d_.classes, label = row % d_.classes, count = d_.counts[row];
     std::vector<uint64_t> all;
+    all.reserve(arrived(image, label));
     for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
       const auto& part = collected_[(image * chunks_ + chunk) * d_.classes + label];
       all.insert(all.end(), part.begin(), part.end());
@@ -133,13 +172,14 @@ class Race {
     for (int64_t i = 0; i < count; ++i) indices[i] = int64_t(all[i] & 0x7FFFFFFF);
   }
 
+  static constexpr int64_t kNobody = -1;
+
   const Draw d_;
   const Label* labels_;  // [batch, pixels]
-  const int64_t chunk_, chunks_;
-  const int shift_;
-  std::vector<uint32_t> times_;                   // [batch, pixels]
-  std::vector<int32_t> arrivals_;                 // [batch, chunks, classes + 1, kBins]
-  std::vector<int64_t> last_bin_;                 // [batch, classes + 1]
+  const int64_t chunks_;
+  std::vector<int32_t> counts_;                   // [batch, chunks, classes + 1]
+  std::vector<double> weights_;                   // the same, or none
+  std::vector<int64_t> limits_;                   // [batch, classes + 1]
   std::vector<std::vector<uint64_t>> collected_;  // [batch, chunks, classes]: time and pixel
 };
 

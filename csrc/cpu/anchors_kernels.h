@@ -6,7 +6,7 @@
 
 namespace cldf_fast {
 
-// The time of a pixel that is never drawn. With weights no time is so late; without, every pixel is drawn.
+// The time of a pixel that is never drawn, for its weight. Without weights it is a time like any other.
 constexpr uint32_t kNever = 0xFFFFFFFF;
 
 struct AnchorKernels {
