@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.suite import attempt
 from cldf_fast.ops import backend_report, sample_anchors
 
 OURS = "cpu"
@@ -134,14 +135,12 @@ def gpu_rows(timer: Callable[[Callable[[], Any]], float], device: str = "cuda") 
         labels, predicted = drawn_labels(problem["batch"], problem["size"], problem["classes"], device)
         for name, draw in rivals.items():
             run = partial(draw, labels, predicted, problem["classes"], problem["per_class"])
-            row: dict[str, Any] = {"rival": name, "problem": problem}
-            try:
-                check(run()[0], labels, problem["classes"], problem["per_class"])
+
+            def measure(row: dict[str, Any], run: Callable[[], Any] = run, labels: Tensor = labels) -> None:
+                check(run()[0], labels, row["problem"]["classes"], row["problem"]["per_class"])
                 row["ms"] = timer(run)
-            # One rival that fails leaves the others' figures standing.
-            except Exception as error:
-                row["failed"] = f"{type(error).__name__}: {error}"[:200]
-            rows.append(row)
+
+            rows.append(attempt({"rival": name, "problem": problem}, measure))
     return rows
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.suite import gemm_rate, peak_memory
+from benchmarks.suite import attempt, gemm_rate, peak_memory
 from cldf_fast.ops import backend_report, pixel_infonce
 
 OURS = "cpu"
@@ -200,9 +200,10 @@ def gpu_rows(
         inputs = drawn(2, size, dim, 2, getattr(torch, dtype), device)
         expected = step(in_float32, inputs)
         for name, loss in rivals.items():
-            row: dict[str, Any] = {"rival": name, "size": size, "dim": dim, "dtype": dtype}
-            try:
-                found = step(loss, inputs)
+            run = partial(step, loss, inputs)
+
+            def measure(row: dict[str, Any], run: Callable[[], Any] = run, expected: Any = expected) -> None:
+                found = run()
                 row["error"] = max(
                     float((ours.float() - theirs.float()).norm() / theirs.float().norm())
                     for ours, theirs in zip(found, expected, strict=True)
@@ -211,14 +212,12 @@ def gpu_rows(
                     del found
                     before = torch.cuda.memory_allocated()
                     torch.cuda.reset_peak_memory_stats()
-                    step(loss, inputs)
+                    run()
                     row["extra_bytes"] = torch.cuda.max_memory_allocated() - before
-                row["ms"] = timer(partial(step, loss, inputs))
-                row["tflops"] = 8e-9 * size**2 * dim / row["ms"]
-            # One rival that fails, for want of memory or of a compiler, leaves the others' figures standing.
-            except Exception as error:
-                row["failed"] = f"{type(error).__name__}: {error}"[:200]
-            rows.append(row)
+                row["ms"] = timer(run)
+                row["tflops"] = 8e-9 * row["size"] ** 2 * row["dim"] / row["ms"]
+
+            rows.append(attempt({"rival": name, "size": size, "dim": dim, "dtype": dtype}, measure))
     return rows
 
 

@@ -72,6 +72,18 @@ def _peak_resident() -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
+def attempt(row: dict[str, Any], measure: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """A rival's row on a GPU, filled by `measure`, or with the reason why that failed.
+
+    One rival that fails, for want of memory or of a compiler, leaves the others' figures standing.
+    """
+    try:
+        measure(row)
+    except Exception as error:
+        row["failed"] = f"{type(error).__name__}: {error}"[:200]
+    return row
+
+
 def condensed(raw: dict[str, Any], stem: str) -> dict[str, Any]:
     """What is worth keeping of pytest-benchmark's JSON: figures, device, versions and commit; no name of a machine."""
     report = collect()

@@ -10,9 +10,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -31,6 +33,21 @@ constexpr int64_t kBlock = 1024, kChunk = 16 * kBlock;
 const AnchorKernels& kernels() {
   static const AnchorKernels& chosen = CLDF_BEST(anchor_kernels);
   return chosen;
+}
+
+// Sorts by time, which begins at bit 31, a digit after the other from the lowest on. Each pass leaves equals in their
+// order, so that pixels that come in ascending order break ties.
+void sort_by_time(std::vector<uint64_t>& values) {
+  constexpr int kDigit = 8;
+  std::vector<uint64_t> sorted(values.size());
+  for (int shift = 31; shift < 63; shift += kDigit) {
+    const auto digit = [&](uint64_t value) { return value >> shift & ((1 << kDigit) - 1); };
+    std::array<size_t, (1 << kDigit) + 1> place{};
+    for (const uint64_t value : values) ++place[digit(value) + 1];
+    std::partial_sum(place.begin(), place.end(), place.begin());
+    for (const uint64_t value : values) sorted[place[digit(value)]++] = value;
+    values.swap(sorted);
+  }
 }
 
 struct Draw {
@@ -54,7 +71,7 @@ class Race {
 
   void run() {
     each(d_.batch * chunks_, [&](int64_t task) { count(task); });
-    for (double patience = 1.0; set_limits(patience); patience *= 16.0)
+    for (double patience = 1.0; set_limits(patience); patience *= 4.0)
       each(d_.batch * chunks_, [&](int64_t task) { collect(task); });
     each(d_.batch * d_.classes, [&](int64_t row) { order(row); });
   }
@@ -125,13 +142,14 @@ class Race {
     return lacking;
   }
 
-  // The time by which so many arrive on average: uniform times are whole numbers below 2^32, the others float32 bits,
-  // and of these about time * weight arrive as long as few have.
+  // The time by which so many would arrive on average if all weights were equal; fewer do if they are not. Without
+  // weights times are whole numbers below 2^32, with weights float32 bits.
   int64_t limit(double wanted, double population, int64_t image, int64_t label) const {
     constexpr int64_t kEverybody = kNever - 1;
     if (wanted >= population) return d_.weights ? kEverybody : kNever;
     if (!d_.weights) return int64_t(wanted / population * 4294967296.0);
-    const float time = float(wanted / total(weights_, image, label));
+    const double mean_weight = total(weights_, image, label) / population;
+    const float time = float(-std::log1p(-wanted / population) / mean_weight);
     if (!(time > 0.0f)) return kEverybody;  // infinite weights
     uint32_t bits;
     std::memcpy(&bits, &time, sizeof(bits));
@@ -165,8 +183,7 @@ class Race {
       const auto& part = collected_[(image * chunks_ + chunk) * d_.classes + label];
       all.insert(all.end(), part.begin(), part.end());
     }
-    std::nth_element(all.begin(), all.begin() + count, all.end());
-    std::sort(all.begin(), all.begin() + count);
+    sort_by_time(all);
     int64_t* indices = d_.indices + row * d_.per_class;
     std::fill_n(indices, d_.per_class, int64_t(-1));
     for (int64_t i = 0; i < count; ++i) indices[i] = int64_t(all[i] & 0x7FFFFFFF);

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from cldf_fast.errors import BackendError
 from cldf_fast.ops import backend_report, sample_anchors
+from tests.ops.again import run_again
 
 
 @pytest.fixture(params=["cpu", "triton"])
@@ -144,7 +143,7 @@ def test_triton_says_what_it_can_not_serve(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("capability", ["baseline", "avx2"])
 def test_lesser_instruction_sets(capability: str) -> None:
     """The tests of `cpu` once more, as on a machine that has no more than these instructions."""
-    run_again({"CLDF_FAST_CPU_CAPABILITY": capability}, "backends and cpu")
+    run_again(__file__, {"CLDF_FAST_CPU_CAPABILITY": capability}, "backends and cpu")
 
 
 @pytest.mark.slow
@@ -152,13 +151,4 @@ def test_lesser_instruction_sets(capability: str) -> None:
 def test_triton_under_its_interpreter() -> None:
     """The tests above once more, in a process whose kernels are interpreted from the start."""
     pytest.importorskip("triton")
-    run_again({"TRITON_INTERPRET": "1"}, "triton")
-
-
-def run_again(environment: dict[str, str], selection: str) -> None:
-    """The selected tests of this module, in a process with these environment variables from the start."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", selection]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert " passed" in done.stdout
-    assert "failed" not in done.stdout
+    run_again(__file__, {"TRITON_INTERPRET": "1"}, "triton")

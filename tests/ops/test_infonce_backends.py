@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import os
 import resource
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from torch.nn.functional import normalize
 
 from cldf_fast.errors import BackendError
 from cldf_fast.ops import _dispatch, backend_report, pixel_infonce, pixel_infonce_sum, pixel_infonce_with_valid
+from tests.ops.again import run_again
 
 VARIANTS = ("per_positive", "supcon")
 HALF = (torch.bfloat16, torch.float16)
@@ -335,16 +334,7 @@ def test_the_number_of_threads_does_not_matter() -> None:
 @pytest.mark.parametrize("capability", ["baseline", "avx2"])
 def test_lesser_instruction_sets(capability: str) -> None:
     """The tests of `cpu` once more, as on a machine that has no more than these instructions."""
-    run_again({"CLDF_FAST_CPU_CAPABILITY": capability}, "cpu and not lesser")
-
-
-def run_again(environment: dict[str, str], selection: str) -> None:
-    """The selected tests of this module, in a process with these environment variables from the start."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", selection]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert " passed" in done.stdout
-    assert "failed" not in done.stdout
+    run_again(__file__, {"CLDF_FAST_CPU_CAPABILITY": capability}, "cpu and not lesser")
 
 
 @pytest.mark.slow
@@ -352,7 +342,7 @@ def run_again(environment: dict[str, str], selection: str) -> None:
 def test_triton_under_its_interpreter() -> None:
     """The tests above once more, in a process whose kernels are interpreted from the start."""
     pytest.importorskip("triton")
-    run_again({"TRITON_INTERPRET": "1"}, "triton")
+    run_again(__file__, {"TRITON_INTERPRET": "1"}, "triton")
 
 
 def test_a_million_candidates_need_no_matrix() -> None:

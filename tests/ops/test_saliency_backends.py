@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from cldf_fast.ops import (
     pixel_seed,
     reference,
 )
+from tests.ops.again import run_again
 
 BACKENDS = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 REDUCTIONS = ("max_abs", "sum_abs", "l2")
@@ -394,20 +393,4 @@ def test_backends_say_what_they_can_not_serve(impl: str) -> None:
 @pytest.mark.parametrize("capability", ["baseline", "avx2"])
 def test_lesser_instruction_sets(capability: str) -> None:
     """The tests of `cpu` once more, as on a machine that has no more than these instructions."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "not lesser and not cuda",
-    ]
-    environment = os.environ | {"CLDF_FAST_CPU_CAPABILITY": capability}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert " passed" in done.stdout
-    assert "failed" not in done.stdout
+    run_again(__file__, {"CLDF_FAST_CPU_CAPABILITY": capability}, "not lesser and not cuda")
