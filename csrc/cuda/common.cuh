@@ -23,7 +23,7 @@ namespace cldf_fast {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
-// --- Launches ---------------------------------------------------------------------------------------------------------
+// --- Launches --------------------------------------------------------------------------------------------------------
 
 inline void check_cuda(cudaError_t status) {
   STD_TORCH_CHECK(status == cudaSuccess, "CUDA: ", cudaGetErrorString(status));
@@ -49,9 +49,11 @@ class Launcher {
 
   // No blocks, no launch. cluster: blocks that work together; more than one needs compute capability 9.0.
   template <class... Parameters, class... Arguments>
-  void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, int cluster, Arguments... arguments) const {
+  void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, int cluster,
+                  Arguments... arguments) const {
     if (blocks == 0) return;
-    STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "CUDA: too large for one launch: ", blocks, " blocks");
+    STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "CUDA: too large for one launch: ", blocks,
+                    " blocks");
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = cluster;
@@ -77,7 +79,7 @@ class Launcher {
   cudaStream_t stream_;
 };
 
-// --- Access -----------------------------------------------------------------------------------------------------------
+// --- Access ----------------------------------------------------------------------------------------------------------
 
 // Calls f with a pointer to the data of a tensor of float32, float16 or bfloat16.
 template <class F>
@@ -100,8 +102,8 @@ struct alignas(4 * sizeof(T)) Four {
   T at[4];
 };
 
-// Four values at once, as bits: a compiler that sees values, or a plain store, takes them one by one, to share code with
-// the last few.
+// Four values at once, as bits: a compiler that sees values, or a plain store, takes them one by one, to share code
+// with the last few.
 template <class T>
 __device__ __forceinline__ Four<T> load_whole(const T* from) {
   using Bits = std::conditional_t<sizeof(Four<T>) == 16, int4, int2>;
@@ -158,7 +160,7 @@ __device__ __forceinline__ void store_four(T* to, const Four<From>& values, int6
   }
 }
 
-// --- Sums -------------------------------------------------------------------------------------------------------------
+// --- Sums ------------------------------------------------------------------------------------------------------------
 
 // In an order that is always the same; every lane gets the sum.
 template <class T>

@@ -41,7 +41,7 @@ struct Share {
 };
 __device__ __forceinline__ Share share_of_block(unsigned parts) { return {blockIdx.x / parts, blockIdx.x % parts}; }
 
-// --- Seeds ------------------------------------------------------------------------------------------------------------
+// --- Seeds -----------------------------------------------------------------------------------------------------------
 
 // partial [B, parts]: of each image the sums of the hashes of its elements.
 template <class T>
@@ -87,7 +87,7 @@ void pixel_seed(Tensor x, Tensor seeds) {
   launch(finish_seeds, ceil_div(batch * kWarp, kThreads), kThreads, 1, sums, batch, parts, out);
 }
 
-// --- Noise ------------------------------------------------------------------------------------------------------------
+// --- Noise -----------------------------------------------------------------------------------------------------------
 
 // Four elements of one image at one level a thread: what one block of random words gives.
 template <class T>
@@ -121,7 +121,7 @@ void noised_batch(Tensor x, Tensor alpha_bar, Tensor seeds, Tensor noised) {
   });
 }
 
-// --- Gradient maps ----------------------------------------------------------------------------------------------------
+// --- Gradient maps ---------------------------------------------------------------------------------------------------
 //
 // Four kernels, since every pixel waits three times for all others: for the mean of its level, for its neighbours to be
 // averaged, and for the percentile. The gradient is read by the first two; keeping the magnitudes between them would
@@ -360,7 +360,8 @@ __global__ void __launch_bounds__(kSelectThreads)
   const int64_t offset = share_of_block(unsigned(team.size())).row * pixels;
   const double* const values = maps + offset;
   // Pixel by pixel, so that lanes are neighbours; whole warps, since they count together.
-  const int64_t begin = int64_t(team.rank()) * kSelectThreads + threadIdx.x, stride = int64_t(team.size()) * kSelectThreads;
+  const int64_t begin = int64_t(team.rank()) * kSelectThreads + threadIdx.x;
+  const int64_t stride = int64_t(team.size()) * kSelectThreads;
   const int64_t end = ceil_div(pixels, kWarp) * kWarp;
   const auto bits_of = [&](int64_t pixel) { return order_bits(values[pixel]); };
   const auto clear = [&](int parity) {
@@ -496,7 +497,7 @@ void gradient_saliency(Tensor grad, std::string reduce, double percentile, doubl
          uint32_t(percentile_rank(percentile, pixels)), static_cast<float*>(maps.mutable_data_ptr()));
 }
 
-// --- Fusion -----------------------------------------------------------------------------------------------------------
+// --- Fusion ----------------------------------------------------------------------------------------------------------
 
 // A tensor [B, K, H, W], whose pixels are equally far from each other in memory.
 template <class T>
@@ -552,8 +553,8 @@ void fuse_evidence(Tensor gradient_map, Tensor cam, Tensor image_label, std::vec
   const Launcher launch(gradient_map);
   with_values(gradient_map, [&]<class T>(const T* values) {
     launch(fuse_maps<T>, batch * parts, kThreads, 1, maps_of(gradient_map, values),
-           maps_of(cam, static_cast<const T*>(cam.const_data_ptr())), present, at, int(gradient_map.size(1)), pixels, parts,
-           pixels % 4 == 0, out);
+           maps_of(cam, static_cast<const T*>(cam.const_data_ptr())), present, at, int(gradient_map.size(1)), pixels,
+           parts, pixels % 4 == 0, out);
   });
 }
 
