@@ -78,9 +78,9 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The unpacked wheel as this machine makes it."""
+    """The unpacked wheel as this machine makes it, for one GPU architecture."""
     folder = tmp_path_factory.mktemp("wheel")
-    with zipfile.ZipFile(_build("wheel", sdist, folder / "built")) as archive:
+    with zipfile.ZipFile(_build("wheel", sdist, folder / "built", CLDF_FAST_CUDA_ARCHITECTURES="90")) as archive:
         archive.extractall(folder / "installed")
     return folder / "installed"
 
@@ -91,9 +91,16 @@ def _files(folder: Path) -> set[str]:
 
 def test_sdist_has_all_sources_and_no_weights_of_reported_runs(sdist: Path) -> None:
     files = _files(sdist)
+    assert {"csrc/cuda/saliency.cu", "csrc/cuda/common.cuh", "tests/cuda_emulator/cuda_runtime.h"} <= files
     assert {"csrc/bindings.cpp", "kernels/__init__.py", "kernels/tuned/device.json", "tests/test_packaging.py"} <= files
     assert {"LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "constraints.txt"} <= files
-    assert {".ci/run", ".ci/venv", "cldf_fast/py.typed", "cldf_fast/weights/bundled.safetensors"} <= files
+    assert {
+        ".ci/run",
+        ".ci/sanitize",
+        ".ci/venv",
+        "cldf_fast/py.typed",
+        "cldf_fast/weights/bundled.safetensors",
+    } <= files
     assert not [name for name in files if name.startswith("benchmarks/weights") or name.endswith((".so", ".pyc"))]
 
 
@@ -110,23 +117,81 @@ def test_wheel_is_the_package_with_its_kernels_and_nothing_else(wheel: Path) -> 
     assert "cldf-fast = cldf_fast.cli:main" in (wheel / metadata / "entry_points.txt").read_text(encoding="utf-8")
 
 
-def test_compiled_extension_says_how_it_was_built(wheel: Path, sdist: Path) -> None:
+def _build_record(wheel: Path) -> dict[str, str]:
+    """The build record of an unpacked wheel's extension, whose operators are used once; skips where there is none."""
     left_out = wheel / "cldf_fast" / "_C.txt"
     if left_out.exists():
         reason = left_out.read_text(encoding="utf-8")
         assert not reason.startswith("compiling it failed"), reason
         pytest.skip(f"the extension can't be built here: {reason.strip()}")
-    command = "import json, torch, cldf_fast._C as native; print(json.dumps(native.build_record()))"
+    command = """
+import json, torch, cldf_fast._C as native
+torch.ops.cldf_fast.pixel_seed_out(torch.zeros(1, 1, 2, 3), torch.zeros(1, dtype=torch.int64))
+print(json.dumps(native.build_record()))
+"""
     environment = os.environ | {"PYTHONPATH": str(wheel)}
     output = subprocess.check_output([sys.executable, "-c", command], cwd=wheel, env=environment, text=True)
-    record = json.loads(output)
+    record: dict[str, str] = json.loads(output)
+    return record
+
+
+def test_compiled_extension_says_how_it_was_built(wheel: Path, sdist: Path) -> None:
+    record = _build_record(wheel)
     assert record["package_version"] == cldf_fast.__version__
     assert re.fullmatch(r"(GCC|Clang) \d+\..*", record["compiler"])
     assert record["cxx_standard"] == "C++20"
     assert record["python"] == f"{sys.version_info.major}.{sys.version_info.minor}"
-    assert {"torch_stable_abi", "cuda"} <= record.keys()
+    assert record["torch_stable_abi"] == "2.10 and later"
     (binary,) = (wheel / "cldf_fast").glob("_C.*")
     assert str(sdist).encode() not in binary.read_bytes(), "the binary holds the path of the folder it was built in"
+
+
+def test_cuda_code_is_in_wherever_nvcc_is_found(wheel: Path) -> None:
+    if not shutil.which("nvcc"):
+        pytest.skip("nvcc is not on the search path")
+    assert re.fullmatch(r"nvcc \d+\.\d+ for sm_90 and PTX of the last", _build_record(wheel)["cuda"])
+    (binary,) = (wheel / "cldf_fast").glob("_C.*")
+    # Through it the loader finds torch's CUDA half, where there is one: see setup.py.
+    assert b"\0libtorch.so\0" in binary.read_bytes()
+
+
+FAILING_NVCC = """#!/bin/sh
+case "$1" in
+    --version) echo "Cuda compilation tools, release 13.0, V13.0.88" ;;
+    --list-gpu-arch) echo compute_90 ;;
+    --dryrun) echo '#$ TOP=/nowhere' ;;
+    *) echo "nvcc fatal error: unsupported compiler"; exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"CLDF_FAST_CUDA": "0"}, "CLDF_FAST_CUDA=0 was set where the package was built"),
+        ({"CUDA_HOME": "{failing}"}, "compiling it failed: nvcc fatal error: unsupported compiler"),
+        (
+            {"CUDA_HOME": "{failing}", "CLDF_FAST_CUDA_ARCHITECTURES": "70 90"},
+            "CLDF_FAST_CUDA_ARCHITECTURES: nvcc 13.0 does not know [70]",
+        ),
+        ({"CUDA_HOME": "", "CUDA_PATH": "", "PATH": "/usr/bin:/bin"}, "nvcc was not found"),
+    ],
+)
+def test_without_cuda_the_rest_works_and_the_record_says_why(
+    variables: dict[str, str], reason: str, wheel: Path, sdist: Path, tmp_path: Path
+) -> None:
+    if "PATH" in variables and any(map(os.path.exists, ("/usr/bin/nvcc", "/usr/local/cuda/bin/nvcc"))):
+        pytest.skip("nvcc is in a usual place")
+    failing = tmp_path / "bin" / "nvcc"
+    failing.parent.mkdir()
+    failing.write_text(FAILING_NVCC, encoding="utf-8")
+    failing.chmod(0o755)
+    environment = {name: value.format(failing=tmp_path) for name, value in variables.items()}
+    with zipfile.ZipFile(_build("wheel", sdist, tmp_path / "built", **environment)) as archive:
+        archive.extractall(tmp_path / "installed")
+    record = _build_record(tmp_path / "installed")
+    assert record["cuda"].startswith(f"left out: {reason}")
+    assert record["torch_stable_abi"] == "2.10 and later"
 
 
 def test_wheel_without_a_compiler_still_installs_and_says_why(sdist: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cldf_fast.ops import (
+    backend_report,
     fuse_evidence,
     gradient_saliency,
     noised_batch,
@@ -100,13 +101,6 @@ def test_a_cuda_graph_replays_anchors_with_another_seed(weighted):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(captured, expected, strict=True))
 
 
-def test_a_cuda_graph_replays_saliency():
-    x, present = torch.randn(3, 2, 31, 18, device="cuda"), torch.rand(3, 2, device="cuda") < 0.7
-    alpha_bar = torch.tensor([0.9, 0.4], device="cuda")
-    captured, expected = replayed(lambda: saliency(x, alpha_bar, present), x, present)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(captured, expected, strict=True))
-
-
 def test_large_labels_are_sampled_as_on_the_cpu():
     labels = torch.randint(-1, 3, (1, 4096, 8192), dtype=torch.int8)
     options = {"num_classes": 3, "per_class": 500, "seed": 3}
@@ -138,3 +132,100 @@ def test_a_cuda_graph_replays_loss_and_gradients(size, dim, variant):
     captured, expected = replayed(step, *features, *labels)
     for ours, theirs in zip(captured, expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+# --- Each saliency operator on its own, by its CUDA kernels
+
+
+def seeds_of(x):
+    return pixel_seed(x, impl="cuda")
+
+
+def noised(x, alpha_bar, seeds):
+    return noised_batch(x, alpha_bar, seeds, impl="cuda")
+
+
+def maps(grad):
+    return torch.stack([gradient_saliency(grad, sigma=sigma, impl="cuda") for sigma in (0.0, 1.5, 20.0)])
+
+
+def labels(gradient_map, cam, present):
+    return fuse_evidence(gradient_map, cam, present, thresholds=(0.5, 0.5, 0.2, 0.2), impl="cuda")
+
+
+# Of some the last axis is a multiple of four, of some it is not; one image takes a cluster of blocks, and more.
+OPERATORS = {
+    "pixel_seed": (seeds_of, lambda: (torch.randn(3, 2, 97, 101),)),
+    "noised_batch": (
+        noised,
+        lambda: (torch.randn(3, 2, 96, 100), torch.rand(4).double(), torch.randint(-(2**62), 2**62, (3,))),
+    ),
+    "gradient_saliency": (maps, lambda: (torch.randn(3, 2, 4, 160, 205),)),
+    "gradient_saliency, channels last": (maps, lambda: (torch.randn(3, 2, 160, 208, 4).movedim(-1, 2),)),
+    "fuse_evidence": (labels, lambda: (*torch.rand(2, 3, 2, 97, 100), torch.rand(3, 2) < 0.7)),
+}
+
+needs_kernels = pytest.mark.skipif(
+    backend_report()["pixel_seed"]["cuda"] != "serving", reason=backend_report()["pixel_seed"]["cuda"]
+)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", OPERATORS)
+def test_kernels_do_not_synchronise(name, request):
+    function, make = OPERATORS[name]
+    inputs = [tensor.cuda() for tensor in make()]
+    function(*inputs)
+    request.getfixturevalue("no_synchronisation")
+    function(*inputs)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_cuda_graph_replays_each_operator(name):
+    function, make = OPERATORS[name]
+    inputs = [tensor.cuda() for tensor in make()]
+    captured, expected = replayed(lambda: function(*inputs), *inputs)
+    assert torch.equal(captured, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", OPERATORS)
+def test_kernels_run_on_the_current_stream(name):
+    """On a stream that is kept busy, with inputs that are only there once it is through."""
+    function, make = OPERATORS[name]
+    inputs = [tensor.cuda() for tensor in make()]
+    expected = function(*inputs)
+    late = [torch.zeros_like(tensor) for tensor in inputs]
+    function(*late)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(50_000_000)
+        for tensor, values in zip(late, inputs, strict=True):
+            tensor.copy_(values)
+        found = function(*late)
+    torch.cuda.synchronize()
+    assert torch.equal(found, expected)
+
+
+@needs_kernels
+def test_a_broken_image_does_not_spoil_its_neighbours():
+    grad = torch.randn(3, 5, 2, 160, 205, device="cuda")
+    clean = maps(grad)
+    grad[1, 2, 0, 150, 3], grad[0, 4, 1, 0, 0] = float("nan"), float("inf")
+    found = maps(grad)
+    assert found[:, [2, 4]].isnan().all()
+    assert torch.equal(found[:, [0, 1, 3]], clean[:, [0, 1, 3]])
+
+
+@needs_kernels
+def test_offsets_pass_beyond_32_bits():
+    """A view into memory of more than 2^31 elements, at its end."""
+    if torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GB of memory on the device")
+    image = torch.randn(2, 64, 64, device="cuda").bfloat16()
+    apart = torch.empty(2**31 + 2 * 64 * 64, dtype=torch.bfloat16, device="cuda").as_strided(
+        (1, 2, 2, 64, 64), (0, 2**31, 64 * 64, 64, 1)
+    )
+    apart[0, 0], apart[0, 1] = image, image
+    assert torch.equal(*gradient_saliency(apart, impl="cuda"))

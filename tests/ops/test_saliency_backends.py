@@ -166,6 +166,15 @@ def test_maps_of_awkward_shapes(impl: str, shape: tuple[int, ...], sigma: float,
         compare(impl, grad, sigma=sigma, reduce=reduce, level_norm=level_norm, percentile=percentile)
 
 
+@pytest.mark.parametrize("sigma", [0.0, 1.5, 16.1, 16.2])
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 1, 97, 101), (3, 1, 4, 64, 260), (1, 2, 2, 181, 200), (2, 1, 3, 1, 9001), (1, 1, 1, 9001, 1)]
+)
+def test_wide_maps(impl: str, shape: tuple[int, ...], sigma: float) -> None:
+    """Larger than what threads, or the blocks of a GPU, take at a time."""
+    compare(impl, torch.randn(shape) * torch.rand(shape[-2:]).round(), sigma=sigma, reduce="sum_abs")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
