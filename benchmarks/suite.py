@@ -1,7 +1,9 @@
 """What all benchmarks share: measuring memory and ceilings, results as data, and their table.
 
-    OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_anchors.py --benchmark-json=raw.json
-    python -m benchmarks.suite keep raw.json      # raw.json -> benchmarks/results/anchors-cpu.json
+    OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_anchors.py --benchmark-json=raw.json    # 1 minute
+    OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_saliency.py --benchmark-json=raw.json   # 2 minutes
+    OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_infonce.py --benchmark-json=raw.json    # 11 minutes
+    python -m benchmarks.suite keep raw.json      # writes benchmarks/results/<stem>-cpu.json, which is tracked
     python -m benchmarks.suite table benchmarks/results/anchors-cpu.json
     python -m benchmarks.suite readme             # brings the README's table of speed up to date with the results
 

@@ -48,7 +48,7 @@ def pixel_infonce(
         temperature: finite, above 0.
         variant: which of the two losses.
         self_index: [M], integer: the candidate that is the anchor itself, which is left out for that anchor; -1 where
-            there is none.
+            there is none. Features contrasted with themselves need arange(M): without it each is its own positive.
         anchor_weight: [M], floating: a factor of each anchor's loss, such as the weight of its class; without
             gradient. None: 1.
         bank: [B, D], the dtype and device of `anchors`: further candidates, such as a memory of earlier batches, that
