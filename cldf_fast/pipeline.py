@@ -152,6 +152,10 @@ class CLDF:
         chosen: bool [N], the images that evidence is asked for, by default all; the others' is zero.
         Raises DataError, naming the first image, where evidence is not finite.
         """
+        return self._evidence_of(images, chosen)
+
+    def _evidence_of(self, images: Tensor, chosen: Tensor | None, first: int = 0) -> Evidence:
+        """As `evidence`; an error counts images from `first`."""
         rows = torch.arange(len(images)) if chosen is None else chosen.nonzero().flatten()
         shape = (len(images), self.num_classes)
         evidence = Evidence(
@@ -162,13 +166,7 @@ class CLDF:
             evidence.gradient_map[batch] = part.gradient_map.cpu()
             evidence.cam[batch] = part.cam.cpu()
             evidence.probability[batch] = part.probability.cpu()
-        # The maps are on the host by now, so that looking at them synchronises with nothing.
-        finite = torch.stack([maps.isfinite().flatten(1).all(dim=1) for maps in vars(evidence).values()]).all(dim=0)
-        if not finite.all():
-            raise DataError(
-                f"images: expected finite evidence, got NaN or infinity for image {int(finite.int().argmin())}; "
-                f"its pixels or the classifier's weights are not finite, or its gradient overflows"
-            )
+        _check_finite("evidence", first, *vars(evidence).values())
         return evidence
 
     def _evidence(self, x: Tensor) -> Evidence:
@@ -190,8 +188,13 @@ class CLDF:
 
     @torch.no_grad()
     def label_probability(self, images: Tensor) -> Tensor:
-        """Image-level probabilities float32 [N, K]: `Evidence.probability`, without any gradient."""
-        return torch.cat([self._label_probability(batch.to(self.device)).cpu() for batch in images.split(_BATCH)])
+        """Image-level probabilities float32 [N, K]: `Evidence.probability`, without any gradient.
+
+        Raises DataError, naming the first image, where they are not finite.
+        """
+        parts = torch.cat([self._label_probability(batch.to(self.device)).cpu() for batch in images.split(_BATCH)])
+        _check_finite("probabilities", 0, parts)
+        return parts
 
     @torch.no_grad()
     def segment(self, images: Tensor, labels: Tensor | None = None, evidence: Evidence | None = None) -> Segmentation:
@@ -200,6 +203,7 @@ class CLDF:
         labels: bool [N, K], given image-level labels; None: the classifier's prediction is used. evidence: what
         `evidence` gave for these images, so that it isn't computed again; read only with an evidence_weight.
         An image's mask depends neither on the batch nor on the order.
+        Raises DataError, naming the first image, where the classifier's results are not finite.
         """
         parts = list(self._segment(images, labels, evidence))
         return Segmentation(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -220,8 +224,10 @@ class CLDF:
         for first in range(0, len(images), _BATCH):
             rows = slice(first, first + _BATCH)
             x = images[rows].to(self.device)
-            predicted = self._label_probability(x)
-            given = predicted.cpu() >= self.label_threshold if labels is None else labels[rows]
+            predicted = self._label_probability(x).cpu()
+            # NaN reaches no threshold: the mask would be empty, as if the image had been found healthy.
+            _check_finite("probabilities", first, predicted)
+            given = predicted >= self.label_threshold if labels is None else labels[rows]
             present = given.to(self.device)
             condition = self.conditions(present)
             probability = self._probability(x, condition)
@@ -229,12 +235,13 @@ class CLDF:
                 second = self._probability(self._second_view(x), condition)
                 probability = (probability + self._second_view(second, back=True)) / 2
             if self.config.segmentation.evidence_weight:
-                seen = (
-                    self.evidence(x, given.any(dim=1)).gradient_map if evidence is None else evidence.gradient_map[rows]
-                )
+                if evidence is None:
+                    seen = self._evidence_of(x, given.any(dim=1), first).gradient_map
+                else:
+                    seen = evidence.gradient_map[rows]
                 probability = self._with_evidence(probability, seen.to(self.device))
             mask = masks_from_probability(probability, present)
-            yield mask.cpu(), probability.cpu(), predicted.cpu(), given.cpu()
+            yield mask.cpu(), probability.cpu(), predicted, given.cpu()
 
     def _probability(self, x: Tensor, condition: Tensor) -> Tensor:
         """Class probabilities [B, K + 1, H, W] of one view."""
@@ -256,6 +263,17 @@ class CLDF:
         if self.config.data.mirror:
             maps = maps.flip(-1)
         return maps if back else maps.roll((1, 1), dims=(-2, -1))
+
+
+def _check_finite(what: str, first: int, *results: Tensor) -> None:
+    """Raise DataError unless the classifier's results [B, ...] are finite; the first row is image number `first`."""
+    # They are on the host by now, so that looking at them synchronises with nothing.
+    finite = torch.stack([values.isfinite().flatten(1).all(dim=1) for values in results]).all(dim=0)
+    if not finite.all():
+        raise DataError(
+            f"images: expected finite {what}, got NaN or infinity for image {first + int(finite.int().argmin())}; "
+            f"its pixels or the classifier's weights are not finite, or its gradient overflows"
+        )
 
 
 def freeze(module: Module) -> Module:

@@ -99,6 +99,32 @@ def test_an_image_without_finite_evidence_is_named(tiny_cldf: CLDF, value: float
     with pytest.raises(DataError, match=r"images: expected finite evidence, got NaN or infinity for image 17;"):
         tiny_cldf.evidence(x)
     assert tiny_cldf.evidence(x, torch.arange(19) != 17).gradient_map.isfinite().all()
+    for method in (tiny_cldf.label_probability, tiny_cldf.segment):
+        with pytest.raises(DataError, match=r"finite probabilities, got NaN or infinity for image 17;"):
+            method(x)
+
+
+def test_a_gradient_that_is_not_finite_is_named(tiny_cldf: CLDF) -> None:
+    """The classifier may be sure of an image, and its gradient overflow: the number is that of the whole stack."""
+    values = tiny_cldf.config.model_dump()
+    values["segmentation"]["evidence_weight"] = 0.5
+    networks = (tiny_cldf.unet, tiny_cldf.classifier, tiny_cldf.decoder, tiny_cldf.prototypes)
+    cldf = CLDF(make_config(values), *networks)
+    x, labels = images(19), torch.ones(19, 3, dtype=torch.bool)
+    x[18, 0, 5, 5] = 40  # the mark of the image whose gradient is spoilt
+    inputs: list[Tensor] = []
+
+    def spoil(_module: Any, _args: Any, logits: Tensor) -> None:
+        if logits.requires_grad:
+            marked = (inputs[-1][:, 0].abs() > 9).flatten(1).any(dim=1, keepdim=True)
+            logits.register_hook(lambda gradient: torch.where(marked, torch.inf, gradient))
+
+    cldf.classifier.register_forward_pre_hook(lambda _module, args: inputs.append(args[0].detach()))
+    cldf.classifier.register_forward_hook(spoil)
+    assert cldf.label_probability(x).isfinite().all()
+    for method in (cldf.evidence, lambda images: cldf.segment(images, labels)):
+        with pytest.raises(DataError, match=r"finite evidence, got NaN or infinity for image 18;"):
+            method(x)
 
 
 @pytest.mark.parametrize("condition", ["label", "null"])

@@ -22,7 +22,8 @@ Classifier = Callable[[Tensor, Tensor], Tensor]
 """(x_t [B, C, H, W], timesteps [B]) -> logits [B, K]."""
 
 _CUDA_ROWS = 128
-# Measured on the project's classifier: with more pixels in one pass a CPU waits for memory, with fewer for Python.
+# Arrays beyond 32 MB, such as 64 channels of so many pixels, glibc returns to the system when they are freed and takes
+# anew, page by page, which costs a CPU a fifth of a pass. Fewer pixels gain nothing, and a few rows wait for Python.
 _CPU_PIXELS = 2**17
 
 
@@ -53,7 +54,7 @@ class ClassifierSaliency:
     multi_label: classes are independent (sigmoid); otherwise the logits compete (softmax).
     reduce, percentile, sigma: see `ops.gradient_saliency`. draws: noise draws for each level.
     max_batch: bound on the rows of one pass, which bounds memory; results do not depend on it. None: 128 rows on a
-        GPU; on a CPU as many as hold 2^17 pixels, so that a pass stays in the cache.
+        GPU; on a CPU as many as hold 2^17 pixels.
     dtype: torch.bfloat16 computes under autocast; float32 in the precision of the images and of the classifier.
     cuda_graph: capture a pass for each shape at its first use, and replay it. Needs a CUDA device and a classifier
         without host synchronisation, whose parameters stay where they are (their values may change in place).
@@ -94,8 +95,9 @@ class ClassifierSaliency:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
         self.classifier = classifier
-        self.alpha_bar = alpha_bar.repeat(draws)
-        self.timesteps = timesteps.repeat(draws)
+        self.num_levels = draws * len(alpha_bar)
+        # One copy a device: making it synchronises with the host.
+        self._levels = {alpha_bar.device: (alpha_bar.repeat(draws), timesteps.to(alpha_bar.device).repeat(draws))}
         self.cam_layer = cam_layer
         self.cam = cam_methods.METHODS[cam]
         self.target = target
@@ -137,15 +139,19 @@ class ClassifierSaliency:
 
     def _passes(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """(x_t, timesteps) of every pass over images x; the rows are level after level."""
-        noised = self._chunks(noised_batch(x, self.alpha_bar.to(x.device), pixel_seed(x)))
-        times = self.timesteps.to(x.device).repeat_interleave(len(x))
+        if x.device not in self._levels:
+            alpha_bar, timesteps = next(iter(self._levels.values()))
+            self._levels[x.device] = alpha_bar.to(x.device), timesteps.to(x.device)
+        alpha_bar, timesteps = self._levels[x.device]
+        noised = self._chunks(noised_batch(x, alpha_bar, pixel_seed(x)))
+        times = timesteps.repeat_interleave(len(x))
         return zip(noised, times.split([len(rows) for rows in noised]), strict=True)
 
     def _evidence(self, x: Tensor) -> Evidence:
         passes = [self._pass(*rows) for rows in self._passes(x)]
         logits, gradients, cams = (torch.cat(column) for column in zip(*passes, strict=True))
         # Rows [T * B, K, ...] as [T, B * K, ...]: to what follows, every class of every image is one image.
-        by_level = (len(self.alpha_bar), -1)
+        by_level = (self.num_levels, -1)
         gradient_maps = self.saliency(gradients.flatten(0, 1).unflatten(0, by_level))
         if self.cam_layer is None:
             maps = torch.zeros_like(gradient_maps)
@@ -170,8 +176,12 @@ class ClassifierSaliency:
         gradients, cams = [], []
         for k in range(classes):
             gradient, *inner = torch.autograd.grad(
-                scores, [noised, *activations], selectors[k], retain_graph=k + 1 < classes
+                scores, [noised, *activations], selectors[k], retain_graph=k + 1 < classes, allow_unused=True
             )
+            if gradient is None:
+                raise DataError("classifier: expected logits that depend on x_t, got some that do not")
+            if any(each is None for each in inner):
+                raise ConfigError("cam_layer: expected a module whose output the logits depend on, got one without use")
             gradients.append(gradient)
             cams += [self.cam(*pair) for pair in zip((each.detach() for each in activations), inner, strict=True)]
         maps = torch.stack(cams, dim=1) if cams else noised.new_empty(len(noised), 0)
@@ -194,12 +204,14 @@ class ClassifierSaliency:
             )
         for activation in activations:
             check_tensor("cam_layer's output", activation, "floating", (rows, "C", "h", "w"))
+            if not activation.requires_grad:
+                raise ConfigError("cam_layer: expected a module whose output depends on x_t, got one with a constant")
 
     def _log_probability(self, logits: Tensor) -> Tensor:
         return F.logsigmoid(logits) if self.multi_label else F.log_softmax(logits, dim=1)
 
     def _mean_probability(self, logits: Tensor) -> Tensor:
-        return self._log_probability(logits).exp().float().unflatten(0, (len(self.alpha_bar), -1)).mean(dim=0)
+        return self._log_probability(logits).exp().float().unflatten(0, (self.num_levels, -1)).mean(dim=0)
 
 
 @contextmanager

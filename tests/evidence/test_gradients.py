@@ -289,10 +289,29 @@ def test_a_layer_that_is_not_called_once_is_refused(calls: int, times: str) -> N
 
 
 @pytest.mark.parametrize(
+    ("seen", "message"),
+    [
+        (lambda x: x, "cam_layer: expected a module whose output the logits depend on"),
+        (lambda x: x.detach(), "cam_layer: expected a module whose output depends on x_t"),
+    ],
+)
+def test_a_layer_beside_the_way_from_image_to_logits_is_refused(seen: Any, message: str) -> None:
+    layer = nn.Conv2d(1, 1, 3, padding=1).requires_grad_(False)
+
+    def classifier(x: Tensor, _timesteps: Tensor) -> Tensor:
+        layer(seen(x))
+        return x.mean(dim=(2, 3))
+
+    with pytest.raises(ConfigError, match=message):
+        ClassifierSaliency(classifier, cam_layer=layer, **LEVELS)(torch.rand(2, 1, 6, 6))
+
+
+@pytest.mark.parametrize(
     ("classifier", "message"),
     [
         (lambda x, _t: x.mean(dim=(1, 2, 3)), r"classifier: expected logits \[4, K\], got float32 \[4\] on cpu"),
         (lambda x, _t: x.detach().mean(dim=(2, 3)), "classifier: expected logits that autograd can differentiate"),
+        (lambda x, _t: x.new_ones(len(x), 2).requires_grad_(), "classifier: expected logits that depend on x_t"),
     ],
 )
 def test_a_classifier_that_cannot_be_read_is_refused(classifier: Any, message: str) -> None:
@@ -309,6 +328,19 @@ def test_images_must_have_four_axes(classifier: NoiseAwareClassifier) -> None:
 def test_a_cuda_graph_is_refused_on_a_cpu(classifier: NoiseAwareClassifier) -> None:
     with pytest.raises(ConfigError, match=r"cuda_graph: expected images on a CUDA device, got float64 \[2, 2, 12, 8\]"):
         saliency(classifier, cuda_graph=True)(images(2))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_nothing_waits_for_the_device(classifier: NoiseAwareClassifier) -> None:
+    on_device, x = saliency(classifier.float().cuda()), images(3).float().cuda()
+    on_device(x)  # libraries may synchronise once, when they load; and the levels are copied
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        on_device(x)
+        on_device.probability(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
