@@ -89,6 +89,29 @@ def test_the_adaptive_head_has_its_published_keys() -> None:
 
 
 @torch.no_grad()
+def test_heads_on_averages_read_the_blocks_they_are_named_for(randomised: Randomise) -> None:
+    hidden = {"spatial": nn.Sequential(nn.ReLU()), "spatial_v2": nn.Sequential(nn.GroupNorm(32, 2048), nn.SiLU())}
+    for pool, shape in (("spatial", [2048, 8 + 8 + 8 + 16 + 16]), ("spatial_v2", [2048, 56]), ("mean", [3, 16])):
+        classifier = randomised(small(pool=pool)).eval()
+        read: list[Tensor] = []
+        for block in [*classifier.input_blocks, classifier.middle_block]:
+            block.register_forward_hook(lambda _m, _a, out, read=read: read.append(out.mean(dim=(2, 3))))
+        logits = classifier(torch.randn(2, 2, 8, 16), torch.tensor([3.0, 90.0]))
+        state = {key.removeprefix("out."): value for key, value in classifier.state_dict().items() if "out." in key[:4]}
+        if pool == "mean":
+            assert list(state["weight"].shape) == shape
+            expected = read[-1] @ state["weight"].T + state["bias"]
+        else:
+            assert list(state["0.weight"].shape) == shape
+            last = "2" if pool == "spatial" else "3"
+            if pool == "spatial_v2":
+                hidden[pool][0].load_state_dict({"weight": state["1.weight"], "bias": state["1.bias"]})
+            inner = hidden[pool](torch.cat(read, dim=1) @ state["0.weight"].T + state["0.bias"])
+            expected = inner @ state[f"{last}.weight"].T + state[f"{last}.bias"]
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_the_attention_pool_lets_the_mean_token_attend_to_all(randomised: Randomise) -> None:
     channels, heads, size = 6, 2, 3
     pool = randomised(AttentionPool(size, channels, channels // heads, 4)).double()
@@ -158,7 +181,7 @@ def test_wrong_arguments_are_named() -> None:
         small().block_at(8)
     with pytest.raises(ConfigError, match="multiples of 2, got 7 x 8"):
         small()(torch.zeros(1, 2, 7, 8), torch.zeros(1))
-    with pytest.raises(ConfigError, match="pool: expected 'adaptive' or 'attention', got 'max'"):
+    with pytest.raises(ConfigError, match="pool: expected one of adaptive, attention, .*, got 'max'"):
         small(pool="max")
     with pytest.raises(ConfigError, match="image_size: expected the size"):
         small(pool="attention")
