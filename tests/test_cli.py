@@ -13,7 +13,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cldf_fast.cli import app, parse_overrides, parse_window
+from cldf_fast.cli import app, parse_label_numbers, parse_overrides, parse_range
 from cldf_fast.errors import ConfigError
 
 runner = CliRunner()
@@ -153,9 +153,16 @@ def test_overrides_keep_their_types() -> None:
 
 
 def test_a_window_is_two_numbers() -> None:
-    assert parse_window("-150,250") == (-150.0, 250.0)
-    with pytest.raises(ConfigError, match="LOW,HIGH"):
-        parse_window("wide")
+    assert parse_range("--window", "-150,250") == (-150.0, 250.0)
+    with pytest.raises(ConfigError, match="--window: expected LOW,HIGH"):
+        parse_range("--window", "wide")
+
+
+def test_labels_are_numbers_with_a_meaning() -> None:
+    assert parse_label_numbers("0=healthy, 12=left kidney") == {0: "healthy", 12: "left kidney"}
+    for text in ("healthy", "0=", "a=b", "-1=none", "0=a,,1=b"):
+        with pytest.raises(ConfigError, match="NUMBER=MEANING"):
+            parse_label_numbers(text)
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -20,6 +20,7 @@ from cldf_fast.models.layers import (
 )
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2", "mean")
+_ON_AVERAGES = POOLS[2:]  # heads that read averages over pixels, without a norm before
 _HIDDEN = 2048  # width of the spatial heads' hidden layer in published checkpoints
 
 
@@ -112,6 +113,11 @@ class NoiseAwareClassifier(nn.Module):
             raise ConfigError(f"pool: expected one of {', '.join(POOLS)}, got {pool!r}")
         self.out: nn.Module = nn.Linear(channels, num_classes) if pool == "mean" else nn.Sequential(*head)
 
+    @property
+    def pooled(self) -> nn.Module:
+        """The module whose output, [B, C, h, w], is the last before the pooling."""
+        return self.middle_block if self.pool in _ON_AVERAGES else self.get_submodule("out.1")
+
     def block_at(self, downsample: int) -> nn.Module:
         """The last encoder block whose output is smaller than the image by this factor: where a CAM can be read."""
         if downsample not in self.block_downsample:
@@ -134,7 +140,7 @@ class NoiseAwareClassifier(nn.Module):
         averages = []
         for block in [*self.input_blocks, self.middle_block]:
             x = block(x, embedding)
-            if self.pool in ("spatial", "spatial_v2", "mean"):
+            if self.pool in _ON_AVERAGES:
                 averages.append(x.mean(dim=(2, 3)))
         if self.pool == "mean":
             return self.out(averages[-1])
