@@ -187,7 +187,9 @@ def convert(
     num_head_channels: Annotated[int | None, typer.Option(min=1, help="Channels of an attention head.")] = None,
     new_attention_order: Annotated[
         bool | None,
-        typer.Option("--new-attention-order/--legacy-attention-order", help="Heads are split after, or before, q, k, v."),
+        typer.Option(
+            "--new-attention-order/--legacy-attention-order", help="Heads are split after, or before, q, k, v."
+        ),
     ] = None,
     timesteps: Annotated[int | None, typer.Option(min=1, help="T of the process trained on.")] = None,
     schedule: Annotated[str | None, typer.Option(help="linear or cosine.")] = None,
@@ -196,7 +198,7 @@ def convert(
         typer.Option("--rescale-timesteps/--plain-timesteps", help="The network is told t * 1000 / T, or t."),
     ] = None,
     pixel_range: Annotated[str | None, typer.Option(help="LOW,HIGH of the images trained on.")] = None,
-    channels: Annotated[str | None, typer.Option(help="Names of the input channels, separated by commas.")] = None,
+    channel_names: Annotated[str | None, typer.Option(help="Names of the input channels, separated by commas.")] = None,
     labels: Annotated[
         str | None, typer.Option(help="Rows of the class table, or logits, that are known: 0=healthy,1=tumour.")
     ] = None,
@@ -217,7 +219,7 @@ def convert(
         "schedule": schedule,
         "rescale_timesteps": rescale_timesteps,
         "pixel_range": None if pixel_range is None else parse_range("--pixel-range", pixel_range),
-        "channel_names": None if channels is None else tuple(name.strip() for name in channels.split(",")),
+        "channel_names": None if channel_names is None else tuple(map(str.strip, channel_names.split(","))),
         "labels": None if labels is None else parse_label_numbers(labels),
         "num_res_blocks": num_res_blocks,
         "weights": weights,

@@ -263,7 +263,9 @@ def _recorded(path: Path, state: dict[str, Tensor], text: str, stated: Stated) -
     try:
         description = Description.from_json(text)
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: its description can't be read ({error}); convert the checkpoint again") from error
+        raise CheckpointError(
+            f"{path}: its description can't be read ({error}); convert the checkpoint again"
+        ) from error
     return Loaded(_filled(description.architecture, state, str(path)), description)
 
 
@@ -337,13 +339,17 @@ def _state(path: Path, content: object, weights: str | None) -> dict[str, Tensor
             raise CheckpointError(
                 f"{path}: is an optimizer's state and no network; load the model or ema file beside it"
             )
-        if all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
-            return _without_prefixes(content)
         held = [name for name in _WRAPPERS if isinstance(content.get(name), Mapping)]
         if weights in held:
-            held = [weights]
+            held, weights = [weights], None
+        elif all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
+            if weights is not None:
+                raise ConfigError(f"{path}: weights: the file has no {weights!r}")
+            return _without_prefixes(content)
         if len(held) > 1:
-            raise ConfigError(f"{path}: weights: expected one of {', '.join(held)}, which the file holds, got {weights}")
+            raise ConfigError(
+                f"{path}: weights: expected one of {', '.join(held)}, which the file holds, got {weights}"
+            )
         content = content[held[0]] if held else None
     raise CheckpointError(f"{path}: holds no state dict, expected tensors by name, or such in {', '.join(_WRAPPERS)}")
 
