@@ -188,7 +188,7 @@ def convert(
     new_attention_order: Annotated[
         bool | None,
         typer.Option(
-            "--new-attention-order/--legacy-attention-order", help="Heads are split after, or before, q, k, v."
+            "--new-attention-order/--legacy-attention-order", help="Heads are split after or before q, k, v."
         ),
     ] = None,
     timesteps: Annotated[int | None, typer.Option(min=1, help="T of the process trained on.")] = None,

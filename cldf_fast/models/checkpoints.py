@@ -13,6 +13,7 @@ import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
@@ -181,25 +182,21 @@ def from_monai(model: nn.Module, **stated: Unpack[Stated]) -> Loaded:
 
 def to_diffusers(loaded: Loaded) -> nn.Module:
     """The diffusers `UNet2DModel` that computes the same; class_labels are rows of the class table."""
-    from diffusers import UNet2DModel
-
     config, state = peers.to_diffusers(loaded.description.architecture, loaded.network.state_dict())
-    model: nn.Module = UNet2DModel(**config)
+    model: nn.Module = import_module("diffusers").UNet2DModel(**config)
     model.load_state_dict(state)
     return model.eval()
 
 
 def to_monai(loaded: Loaded) -> nn.Module:
     """The MONAI `DiffusionModelUNet` that computes the same; class_labels are rows of the class table."""
-    from monai.networks.nets import DiffusionModelUNet
-
     config, state = peers.to_monai(loaded.description.architecture, loaded.network.state_dict())
-    model: nn.Module = DiffusionModelUNet(**config)
+    model: nn.Module = import_module("monai.networks.nets").DiffusionModelUNet(**config)
     model.load_state_dict(state)
     return model.eval()
 
 
-def describe(name: str, architecture: Architecture, stated: Stated) -> Description:
+def _describe(name: str, architecture: Architecture, stated: Stated) -> Description:
     """An architecture and what is stated of it. Raises ConfigError with one sentence that lists all that is missing."""
     unknown = set(stated) - set(Stated.__annotations__)
     if unknown:
@@ -207,6 +204,8 @@ def describe(name: str, architecture: Architecture, stated: Stated) -> Descripti
     heads = ("num_head_channels",) if architecture.kind == "classifier" else ("num_heads", "num_head_channels")
     if architecture.kind == "classifier" and "num_heads" in stated:
         raise ConfigError(f"{name}: num_heads: a classifier's heads are stated by num_head_channels (published: 64)")
+    if "num_heads" in stated and "num_head_channels" in stated:
+        raise ConfigError(f"{name}: num_heads, num_head_channels: expected one of the two, got both")
     attention = {key: stated.get(key) for key in (*heads, "new_attention_order") if key in stated}
     if architecture.new_attention_order is not None and attention:
         raise ConfigError(f"{name}: {next(iter(attention))}: is known from the network and can't be stated")
@@ -222,7 +221,7 @@ def describe(name: str, architecture: Architecture, stated: Stated) -> Descripti
         "timesteps": "T of the process trained on, which the noise levels are fractions of",
         "schedule": "linear or cosine, which says how noisy step t is",
         "rescale_timesteps": "whether the network is told t or t * 1000 / T",
-        "pixel_range": "(-1, 1) or (0, 1), the images trained on",
+        "pixel_range": "that of the images trained on, (-1, 1) or (0, 1)",
         "channel_names": f"what the {architecture.in_channels} input channels are, in order",
     } | ({"labels": f"what the {architecture.num_classes} {classes} mean"} if architecture.num_classes else {})
     missing += [f"{key} ({reason})" for key, reason in reasons.items() if not _is_stated(stated.get(key))]
@@ -253,7 +252,7 @@ def _inferred(path: Path, state: dict[str, Tensor], stated: Stated) -> Loaded:
         architecture = infer(shapes, stated.get("num_res_blocks"))
     except (CheckpointError, ConfigError) as error:
         raise type(error)(f"{path}: {error}") from error
-    description = describe(str(path), architecture, stated)
+    description = _describe(str(path), architecture, stated)
     return Loaded(_filled(description.architecture, state, str(path)), replace(description, source=path.name))
 
 
@@ -263,14 +262,12 @@ def _recorded(path: Path, state: dict[str, Tensor], text: str, stated: Stated) -
     try:
         description = Description.from_json(text)
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: its description can't be read ({error}); convert the checkpoint again"
-        ) from error
+        raise CheckpointError(f"{path}: its description can't be read ({error}); convert it again") from error
     return Loaded(_filled(description.architecture, state, str(path)), description)
 
 
 def _translated(name: str, architecture: Architecture, state: dict[str, Tensor], stated: Stated) -> Loaded:
-    description = describe(name, architecture, stated)
+    description = _describe(name, architecture, stated)
     return Loaded(_filled(description.architecture, state, name), description)
 
 
@@ -311,7 +308,7 @@ def _read(path: Path, weights: str | None = None) -> tuple[dict[str, Tensor], st
             content, recorded = torch.load(path, map_location="cpu", weights_only=True), None
     except Exception as error:  # the readers raise whatever broken bytes lead to
         # torch's own message names what it refuses to build, among advice to build it nevertheless.
-        refused = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) (\S+)", str(error))
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and refused:
             raise CheckpointError(
                 f"{path}: holds more than tensors ({refused[1]}), which could run code when read, and is refused; "
@@ -347,9 +344,7 @@ def _state(path: Path, content: object, weights: str | None) -> dict[str, Tensor
                 raise ConfigError(f"{path}: weights: the file has no {weights!r}")
             return _without_prefixes(content)
         if len(held) > 1:
-            raise ConfigError(
-                f"{path}: weights: expected one of {', '.join(held)}, which the file holds, got {weights}"
-            )
+            raise ConfigError(f"{path}: weights: expected one of {', '.join(held)}, which the file holds, got none")
         content = content[held[0]] if held else None
     raise CheckpointError(f"{path}: holds no state dict, expected tensors by name, or such in {', '.join(_WRAPPERS)}")
 

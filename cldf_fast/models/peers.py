@@ -195,7 +195,7 @@ def from_monai(model: nn.Module) -> tuple[Architecture, State]:
     head_channels, heads = {per for _, per in at_attention}, {width // per for width, per in at_attention}
     if len(head_channels) > 1 and len(heads) > 1:
         raise _differs(
-            "MONAI", f"num_head_channels {list(network.num_head_channels)} and the heads that they make vary"
+            "MONAI", f"num_head_channels {list(network.num_head_channels)} and the heads they make vary"
         )
     one_width = len(head_channels) == 1
     architecture = Architecture(

@@ -224,5 +224,5 @@ def test_what_the_network_cannot_read_is_refused() -> None:
         small_unet(patch_size=2)(torch.zeros(1, 2, 8, 10), t, torch.tensor([0]))
     with pytest.raises(ConfigError, match="num_heads: 3 heads do not divide 16 channels"):
         small_unet(num_heads=3)
-    with pytest.raises(ConfigError, match="num_heads: 0 heads"):
+    with pytest.raises(ConfigError, match="num_head_channels: 64 does not divide 16 channels"):
         small_unet(num_head_channels=64)
