@@ -246,6 +246,9 @@ def _is_stated(value: object) -> bool:
 
 
 def _inferred(path: Path, state: dict[str, Tensor], stated: Stated) -> Loaded:
+    if all((path.parent / name).exists() for name in ("config.yaml", "dataset.json")):
+        # Its pixels may be folded into channels, which no tensor tells.
+        raise CheckpointError(f"{path}: is part of a run, whose config.yaml describes it; open it with Run")
     _refuse_other_networks(path, state)
     shapes = {name: list(value.shape) for name, value in state.items()}
     try:

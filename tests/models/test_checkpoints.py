@@ -403,6 +403,14 @@ def test_what_is_no_network_is_named(content: object, sentence: str, tmp_path: P
     assert "\n" not in str(raised.value)
 
 
+def test_networks_of_a_run_are_left_to_the_run(state: State, tmp_path: Path) -> None:
+    for name in ("config.yaml", "dataset.json"):
+        (tmp_path / name).touch()
+    save_file(state, tmp_path / "cdm.safetensors")
+    with pytest.raises(CheckpointError, match=r"cdm.safetensors: is part of a run"):
+        load(tmp_path / "cdm.safetensors", **HEADS, **PROCESS)
+
+
 def test_missing_files_and_other_kinds_are_named(state: State, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model.pt: is missing"):
         load(tmp_path / "model.pt")
