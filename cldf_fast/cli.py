@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -28,6 +28,14 @@ class Networks(str, Enum):
     classifier = "classifier"
     decoder = "decoder"
     all = "all"
+
+
+class NetworkKind(str, Enum):
+    """What `convert` expects."""
+
+    auto = "auto"
+    unet = "unet"
+    classifier = "classifier"
 
 
 @app.command()
@@ -111,7 +119,7 @@ def segment(
     if cldf.decoder is None:
         raise ConfigError(f"{run}: has no decoder yet; run `cldf-fast train decoder --out {run}` first")
     given = None if labels is None else parse_labels(labels, record.class_names)
-    limits = None if window is None else parse_window(window)
+    limits = None if window is None else parse_range("--window", window)
     refused = 0
     for text in inputs:
         try:
@@ -168,6 +176,66 @@ def evaluate(
 
 
 @app.command()
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="INPUT", help=".pt, .pth, .bin or .safetensors file, or folder of a diffusers network."),
+    ],
+    out: Annotated[Path, typer.Option(help="Safetensors file to write.")],
+    kind: Annotated[NetworkKind, typer.Option(help="Refuse another network than this.")] = NetworkKind.auto,
+    num_heads: Annotated[int | None, typer.Option(min=1, help="Attention heads (UNets).")] = None,
+    num_head_channels: Annotated[int | None, typer.Option(min=1, help="Channels of an attention head.")] = None,
+    new_attention_order: Annotated[
+        bool | None,
+        typer.Option(
+            "--new-attention-order/--legacy-attention-order", help="Heads are split after or before q, k, v."
+        ),
+    ] = None,
+    timesteps: Annotated[int | None, typer.Option(min=1, help="T of the process trained on.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="linear or cosine.")] = None,
+    rescale_timesteps: Annotated[
+        bool | None,
+        typer.Option("--rescale-timesteps/--plain-timesteps", help="The network is told t * 1000 / T, or t."),
+    ] = None,
+    pixel_range: Annotated[str | None, typer.Option(help="LOW,HIGH of the images trained on.")] = None,
+    channel_names: Annotated[str | None, typer.Option(help="Names of the input channels, separated by commas.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Rows of the class table, or logits, that are known: 0=healthy,1=tumour.")
+    ] = None,
+    num_res_blocks: Annotated[int | None, typer.Option(min=1, help="Where tensors allow several.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Which of several networks in a file, e.g. ema.")] = None,
+) -> None:
+    """Convert a published or foreign UNet or classifier to safetensors that describe themselves.
+
+    What the tensors don't tell must be stated; what is missing is listed.
+    """
+    from cldf_fast.models.checkpoints import Stated, load, save
+
+    stated: dict[str, Any] = {
+        "num_heads": num_heads,
+        "num_head_channels": num_head_channels,
+        "new_attention_order": new_attention_order,
+        "timesteps": timesteps,
+        "schedule": schedule,
+        "rescale_timesteps": rescale_timesteps,
+        "pixel_range": None if pixel_range is None else parse_range("--pixel-range", pixel_range),
+        "channel_names": None if channel_names is None else tuple(map(str.strip, channel_names.split(","))),
+        "labels": None if labels is None else parse_label_numbers(labels),
+        "num_res_blocks": num_res_blocks,
+        "weights": weights,
+    }
+    given = cast("Stated", {key: value for key, value in stated.items() if value is not None})
+    loaded = load(source, kind=kind.value, **given)
+    save(out, loaded)
+    shape = loaded.description.architecture
+    parameters = sum(parameter.numel() for parameter in loaded.network.parameters())
+    typer.echo(
+        f"{source}: {shape.kind} with {parameters:,} parameters, {shape.in_channels} channels in, widths "
+        f"{', '.join(map(str, shape.widths))}, {shape.num_classes or 'no'} classes -> {out}"
+    )
+
+
+@app.command()
 def doctor(
     json_output: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
@@ -199,15 +267,25 @@ def parse_overrides(texts: list[str]) -> dict[str, Any]:
     return nested
 
 
-def parse_window(text: str) -> tuple[float, float]:
-    """(low, high) of "LOW,HIGH"."""
+def parse_range(option: str, text: str) -> tuple[float, float]:
+    """(low, high) of an option's "LOW,HIGH"."""
     from cldf_fast.errors import ConfigError
 
     try:
         low, high = (float(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"--window: expected LOW,HIGH, got {text!r}") from None
+        raise ConfigError(f"{option}: expected LOW,HIGH, got {text!r}") from None
     return low, high
+
+
+def parse_label_numbers(text: str) -> dict[int, str]:
+    """Meanings by number, of "0=healthy,1=tumour"."""
+    from cldf_fast.errors import ConfigError
+
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(number.strip().isdecimal() and meaning.strip() for number, _, meaning in pairs):
+        raise ConfigError(f"--labels: expected NUMBER=MEANING, separated by commas, got {text!r}")
+    return {int(number): meaning.strip() for number, _, meaning in pairs}
 
 
 def main() -> None:

@@ -37,6 +37,8 @@ OPTIONAL = {
     "tensorrt-rtx": "deploy",
     "tensorrt": "",
     "captum": "bench",
+    "diffusers": "bench",
+    "einops": "bench",
     "monai": "bench",
     "pytorch-metric-learning": "bench",
     "pytest-benchmark": "bench",

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cldf_fast.config import Config, load_config, save_config
 from cldf_fast.errors import CheckpointError
-from cldf_fast.files import atomic_write, atomic_write_text
+from cldf_fast.files import atomic_write_text
+from cldf_fast.models.checkpoints import write_tensors
 from cldf_fast.models.decoder import PixelDecoder
 from cldf_fast.models.unet import UNet
 from cldf_fast.pipeline import CLDF, build_classifier, build_diffusion, build_features, build_unet
@@ -181,8 +182,7 @@ class Run:
         }
 
     def _write(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-        with atomic_write(self.path / name) as temporary:
-            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary, metadata)
+        write_tensors(self.path / name, tensors, metadata)
 
     def _read(self, name: str) -> dict[str, Tensor]:
         path = self.path / name

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cldf_fast.cli import app, parse_overrides, parse_window
+from cldf_fast.cli import app, parse_label_numbers, parse_overrides, parse_range
 from cldf_fast.errors import ConfigError
 
 runner = CliRunner()
@@ -142,6 +142,55 @@ def test_what_can_not_work_is_said_in_one_sentence(arguments: list[str], sentenc
     assert "Traceback" not in result.stderr
 
 
+_STATED = [
+    *("--num-heads", "2", "--legacy-attention-order", "--timesteps", "4000", "--schedule", "linear"),
+    *("--rescale-timesteps", "--pixel-range", "0,1", "--channel-names", "t1,flair", "--labels", "0=none,1=tumour"),
+]
+
+
+def test_convert_writes_a_network_that_describes_itself(tmp_path: Path) -> None:
+    import torch
+
+    from cldf_fast.models.checkpoints import load
+    from cldf_fast.models.unet import UNet
+
+    unet = UNet(2, 8, channel_mult=(1, 2), attention_downsample=(2,), num_heads=2, num_classes=4)
+    source, out = tmp_path / "ema_0.9999.pt", tmp_path / "networks" / "cdm.safetensors"
+    torch.save(unet.state_dict(), source)
+    result = runner.invoke(app, ["convert", str(source), "--out", str(out), "--kind", "unet", *_STATED])
+    assert result.exit_code == 0, result.output
+    assert "unet with " in result.output
+    assert "2 channels in, widths 8, 16, 4 classes" in result.output
+    network, description = load(out)
+    assert all(value.equal(unet.state_dict()[name]) for name, value in network.state_dict().items())
+    assert description.architecture.num_heads == 2
+    assert description.architecture.new_attention_order is False
+    assert (description.timesteps, description.schedule, description.rescale_timesteps) == (4000, "linear", True)
+    assert (description.pixel_range, description.channel_names) == ((0, 1), ("t1", "flair"))
+    assert (description.labels, description.source) == ({0: "none", 1: "tumour"}, "ema_0.9999.pt")
+
+
+def test_convert_says_what_is_missing_and_writes_nothing(tmp_path: Path) -> None:
+    import torch
+
+    from cldf_fast.models.classifier import NoiseAwareClassifier
+
+    torch.save(NoiseAwareClassifier(2, 32, num_classes=2).state_dict(), tmp_path / "model.pt")
+    arguments = ["convert", str(tmp_path / "model.pt"), "--out", str(tmp_path / "out.safetensors")]
+    for given, sentence in (
+        ([], "num_head_channels (any number of heads has these shapes), new_attention_order"),
+        (_STATED, "a classifier's heads are stated by num_head_channels"),
+        ([*_STATED[2:], "--num-head-channels", "32", "--kind", "unet"], "expected a unet, found a classifier"),
+    ):
+        result = subprocess.run(
+            [sys.executable, "-m", "cldf_fast", *arguments, *given], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 2
+        assert sentence in result.stderr
+        assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_overrides_keep_their_types() -> None:
     texts = ["data.size=32", "features.downsample=[4, 2]", "features.prediction=false", "data.dataset=lgg"]
     assert parse_overrides(texts) == {
@@ -153,9 +202,16 @@ def test_overrides_keep_their_types() -> None:
 
 
 def test_a_window_is_two_numbers() -> None:
-    assert parse_window("-150,250") == (-150.0, 250.0)
-    with pytest.raises(ConfigError, match="LOW,HIGH"):
-        parse_window("wide")
+    assert parse_range("--window", "-150,250") == (-150.0, 250.0)
+    with pytest.raises(ConfigError, match="--window: expected LOW,HIGH"):
+        parse_range("--window", "wide")
+
+
+def test_labels_are_numbers_with_a_meaning() -> None:
+    assert parse_label_numbers("0=healthy, 12=left kidney") == {0: "healthy", 12: "left kidney"}
+    for text in ("healthy", "0=", "a=b", "-1=none", "0=a,,1=b"):
+        with pytest.raises(ConfigError, match="NUMBER=MEANING"):
+            parse_label_numbers(text)
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -66,7 +66,7 @@ def _cam(method: str, cldf: CLDF, slices: _Slices, context: BaselineContext) -> 
     if method == "gradcam":
         # Its usual place, before the pooling. Earlier maps go through group norms, which take the mean out of their
         # gradients (all of it where a group is one channel), and the mean is what GradCAM weighs the maps by.
-        saliency.cam_layer = cldf.classifier.out[1]
+        saliency.cam_layer = cldf.classifier.pooled
     return _where_present(cldf, slices, lambda images, present: saliency(images).cam)
 
 

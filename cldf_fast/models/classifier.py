@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from cldf_fast.errors import ConfigError
@@ -18,13 +19,19 @@ from cldf_fast.models.layers import (
     zero_init,
 )
 
+POOLS = ("adaptive", "attention", "spatial", "spatial_v2", "mean")
+_ON_AVERAGES = POOLS[2:]  # heads that read averages over pixels, without a norm before
+_HIDDEN = 2048  # width of the spatial heads' hidden layer in published checkpoints
+
 
 class NoiseAwareClassifier(nn.Module):
     """Image-level logits of a noised image x_t.
 
     num_classes: K logits. The project's own classifiers are multi-label: logit k belongs to foreground class k + 1 and
     goes through a sigmoid. Published ones are softmax heads over classes that include "healthy".
-    pool: "adaptive" (global average, then a linear layer) or "attention" (needs image_size, fixed by its positions).
+    pool: "adaptive" (global average, then a linear layer), "attention" (needs image_size, fixed by its positions),
+    "spatial" or "spatial_v2" (two linear layers on the averages of every block's output), or "mean" (a linear layer on
+    the average, without a norm: what diffusion-anomaly calls "spatial").
     Other arguments as in `UNet`.
     """
 
@@ -63,6 +70,7 @@ class NoiseAwareClassifier(nn.Module):
             return AttentionBlock(channels, channels // num_head_channels, new_order=new_attention_order)
 
         channels = int(channel_mult[0] * model_channels)
+        widths = [channels]
         blocks: list[nn.Module] = [EmbedSequential(nn.Conv2d(in_channels, channels, 3, padding=1))]
         self.block_downsample = [1]
         """Downsampling factor of what each of input_blocks returns."""
@@ -73,11 +81,13 @@ class NoiseAwareClassifier(nn.Module):
                 if 2**level in attention_downsample:
                     layers.append(attention(channels))
                 blocks.append(EmbedSequential(*layers))
+                widths.append(channels)
                 self.block_downsample.append(2**level)
             if level < len(channel_mult) - 1:
                 blocks.append(
                     EmbedSequential(residual(channels, channels, "down") if resblock_updown else Downsample(channels))
                 )
+                widths.append(channels)
                 self.block_downsample.append(2 ** (level + 1))
         self.input_blocks = nn.ModuleList(blocks)
         self.downsample_factor = 2 ** (len(channel_mult) - 1)
@@ -86,6 +96,8 @@ class NoiseAwareClassifier(nn.Module):
             attention(channels),
             residual(channels, channels),
         )
+        self.pool = pool
+        averages = sum(widths) + channels
         head: list[nn.Module] = [group_norm(channels), nn.SiLU()]
         if pool == "adaptive":
             head += [nn.AdaptiveAvgPool2d((1, 1)), zero_init(nn.Conv2d(channels, num_classes, 1)), nn.Flatten()]
@@ -93,9 +105,18 @@ class NoiseAwareClassifier(nn.Module):
             if image_size is None:
                 raise ConfigError("image_size: expected the size in pixels because pool='attention', got none")
             head.append(AttentionPool(image_size // self.downsample_factor, channels, num_head_channels, num_classes))
-        else:
-            raise ConfigError(f"pool: expected 'adaptive' or 'attention', got {pool!r}")
-        self.out = nn.Sequential(*head)
+        elif pool == "spatial":
+            head = [nn.Linear(averages, _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, num_classes)]
+        elif pool == "spatial_v2":
+            head = [nn.Linear(averages, _HIDDEN), group_norm(_HIDDEN), nn.SiLU(), nn.Linear(_HIDDEN, num_classes)]
+        elif pool != "mean":
+            raise ConfigError(f"pool: expected one of {', '.join(POOLS)}, got {pool!r}")
+        self.out: nn.Module = nn.Linear(channels, num_classes) if pool == "mean" else nn.Sequential(*head)
+
+    @property
+    def pooled(self) -> nn.Module:
+        """The module whose output, [B, C, h, w], is the last before the pooling."""
+        return self.middle_block if self.pool in _ON_AVERAGES else self.get_submodule("out.1")
 
     def block_at(self, downsample: int) -> nn.Module:
         """The last encoder block whose output is smaller than the image by this factor: where a CAM can be read."""
@@ -116,6 +137,11 @@ class NoiseAwareClassifier(nn.Module):
                 f"x: expected height and width to be multiples of {self.downsample_factor}, "
                 f"got {x.shape[-2]} x {x.shape[-1]}"
             )
-        for block in self.input_blocks:
+        averages = []
+        for block in [*self.input_blocks, self.middle_block]:
             x = block(x, embedding)
-        return self.out(self.middle_block(x, embedding))
+            if self.pool in _ON_AVERAGES:
+                averages.append(x.mean(dim=(2, 3)))
+        if self.pool == "mean":
+            return self.out(averages[-1])
+        return self.out(torch.cat(averages, dim=1) if averages else x)

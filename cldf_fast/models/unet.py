@@ -64,8 +64,10 @@ class UNet(nn.Module):
         res: dict[str, Any] = {"dropout": dropout, "scale_shift": scale_shift}
 
         def attention(channels: int) -> AttentionBlock:
+            if num_head_channels and channels % num_head_channels:
+                raise ConfigError(f"num_head_channels: {num_head_channels} does not divide {channels} channels")
             heads = channels // num_head_channels if num_head_channels else num_heads
-            if heads < 1 or channels % heads:
+            if channels % heads:
                 raise ConfigError(f"num_heads: {heads} heads do not divide {channels} channels")
             return AttentionBlock(channels, heads, new_order=new_attention_order)
 

@@ -11,63 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from cldf_fast.errors import ConfigError
-from cldf_fast.models.classifier import NoiseAwareClassifier
+from cldf_fast.models.classifier import POOLS, NoiseAwareClassifier
 from cldf_fast.models.layers import AttentionPool
+from tests.models.published import CLASSIFIERS
 
 Randomise = Callable[[nn.Module], nn.Module]
 Layout = Callable[[nn.Module], tuple[int, int, str]]
-
-SIX_LEVELS, FIVE_LEVELS = (1, 1, 2, 2, 4, 4), (1, 1, 2, 3, 4)
-COMMON = {"resblock_updown": True, "pool": "attention"}
-
-# Arguments, then what the fixture `layout` says of the published state dict.
-PUBLISHED: dict[str, tuple[dict[str, Any], int, int, str]] = {
-    "ADM-256": (
-        {
-            "in_channels": 3,
-            "model_channels": 128,
-            "num_classes": 1000,
-            "channel_mult": SIX_LEVELS,
-            "num_res_blocks": 2,
-            "attention_downsample": (8, 16, 32),
-            "num_head_channels": 64,
-            "image_size": 256,
-        },
-        249,
-        54_096_360,
-        "bc098f973cf9f8b9",
-    ),
-    "cond_ddpm_wsss CHAOS-128": (
-        {
-            "in_channels": 1,
-            "model_channels": 128,
-            "num_classes": 5,
-            "channel_mult": FIVE_LEVELS,
-            "num_res_blocks": 2,
-            "attention_downsample": (4, 8, 16),
-            "num_head_channels": 64,
-            "image_size": 128,
-        },
-        221,
-        42_055_301,
-        "1782642fdc5142a1",
-    ),
-    "diffusion-anomaly BraTS-256": (
-        {
-            "in_channels": 4,
-            "model_channels": 32,
-            "num_classes": 2,
-            "channel_mult": SIX_LEVELS,
-            "num_res_blocks": 4,
-            "attention_downsample": (8, 16, 32),
-            "num_head_channels": 64,
-            "image_size": 256,
-        },
-        405,
-        5_452_962,
-        "82342710abe61f20",
-    ),
-}
 
 
 def small(**changes: Any) -> NoiseAwareClassifier:
@@ -75,17 +24,38 @@ def small(**changes: Any) -> NoiseAwareClassifier:
     return NoiseAwareClassifier(2, 8, num_classes=3, **arguments)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_the_state_dict_is_that_of_the_published_checkpoint(name: str, layout: Layout) -> None:
-    arguments, *expected = PUBLISHED[name]
+    arguments, *expected = CLASSIFIERS[name]
     with torch.device("meta"):
-        classifier = NoiseAwareClassifier(**arguments, **COMMON)
+        classifier = NoiseAwareClassifier(**arguments)
     assert layout(classifier) == tuple(expected)
 
 
 def test_the_adaptive_head_has_its_published_keys() -> None:
     head = {key: list(value.shape) for key, value in small().state_dict().items() if key.startswith("out.")}
     assert head == {"out.0.weight": [16], "out.0.bias": [16], "out.3.weight": [3, 16, 1, 1], "out.3.bias": [3]}
+
+
+def test_heads_on_averages_have_their_published_keys() -> None:
+    averages = 8 + 8 + 8 + 16 + 16  # channels of the four input blocks and of the middle block
+    for pool, expected in (
+        ("spatial", {"out.0.weight": [2048, averages], "out.2.weight": [3, 2048]}),
+        ("spatial_v2", {"out.0.weight": [2048, averages], "out.1.weight": [2048], "out.3.weight": [3, 2048]}),
+        ("mean", {"out.weight": [3, 16]}),
+    ):
+        state = small(pool=pool).state_dict()
+        assert {key: list(state[key].shape) for key in state if key.startswith("out") and "weight" in key} == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pool", POOLS)
+def test_pooled_is_the_last_map(pool: str) -> None:
+    classifier = small(pool=pool, image_size=8).eval()
+    shapes: list[torch.Size] = []
+    classifier.pooled.register_forward_hook(lambda _module, _args, output: shapes.append(output.shape))
+    classifier(torch.randn(1, 2, 8, 8), torch.zeros(1))
+    assert shapes == [(1, 16, 4, 4)]
 
 
 @torch.no_grad()
@@ -158,7 +128,9 @@ def test_wrong_arguments_are_named() -> None:
         small().block_at(8)
     with pytest.raises(ConfigError, match="multiples of 2, got 7 x 8"):
         small()(torch.zeros(1, 2, 7, 8), torch.zeros(1))
-    with pytest.raises(ConfigError, match="pool: expected 'adaptive' or 'attention', got 'max'"):
+    with pytest.raises(
+        ConfigError, match="pool: expected one of adaptive, attention, spatial, spatial_v2, mean, got"
+    ):
         small(pool="max")
     with pytest.raises(ConfigError, match="image_size: expected the size"):
         small(pool="attention")
