@@ -187,9 +187,7 @@ def convert(
     num_head_channels: Annotated[int | None, typer.Option(min=1, help="Channels of an attention head.")] = None,
     new_attention_order: Annotated[
         bool | None,
-        typer.Option(
-            "--new-attention-order/--legacy-attention-order", help="Heads are split after or before q, k, v."
-        ),
+        typer.Option("--new-attention-order/--legacy-attention-order", help="Heads are split after or before q, k, v."),
     ] = None,
     timesteps: Annotated[int | None, typer.Option(min=1, help="T of the process trained on.")] = None,
     schedule: Annotated[str | None, typer.Option(help="linear or cosine.")] = None,

@@ -5,63 +5,109 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cldf_fast.diffusion import Diffusion
 from cldf_fast.errors import ConfigError
+from cldf_fast.models.reading import BlockReader, Call, ModuleReader, UNetReader
 from cldf_fast.models.unet import UNet
 from cldf_fast.ops import noised_batch, pixel_seed
+from cldf_fast.ops._arguments import check_tensor
+from cldf_fast.passes import check_max_batch, split_rows
 
 
 class DiffusionFeatures:
-    """Reads decoder blocks of a frozen UNet.
+    """Reads blocks of a frozen network that predicts noise, at several noise levels.
 
-    noise_levels: in the unit of `diffusion`, by default fractions of T. downsample: downsampling factors; every block
-    with one of them is read.
-    prediction: also the clean image that the network predicts from each noise level, at full size: it sharpens borders.
+    Images at all noise levels are stacked as rows, and a pass ends with the last block that is read.
+
+    network: in evaluation mode; the project's `UNet`, MONAI's DiffusionModelUNet, diffusers' UNet2DModel, or any module
+        whose blocks can be named.
+    noise_levels: in the unit of `diffusion`, by default fractions of T.
+    downsample: downsampling factors; every block with one of them is read. In place of it,
+    blocks: names of modules whose outputs [B, C, h, w] are read, e.g. "output_blocks.5" or "up_blocks.1.resnets.0".
+    prediction: also the clean image that the network predicts from each noise level, at full size: it sharpens borders,
+        and costs the blocks that would not be computed otherwise.
+    max_batch: bound on the rows of one pass, which bounds memory. None: 128 rows on a GPU; on a CPU as many as hold
+        2^17 pixels.
+    dtype: torch.bfloat16 or torch.float16 computes convolutions and products under autocast; features are float32
+        still. torch.float32: in the precision of the images and of the network.
+    example: needed for a network that is not the project's: (x, condition) of a later call, from which the channels of
+        its blocks are learnt in one pass.
+    call: (x_t, timesteps, condition) -> prediction, where such a network wants other arguments than
+        `models.reading.ModuleReader` gives it.
     channels: channels of each map that a call returns; the noise levels are concatenated in each.
     """
 
     def __init__(
         self,
-        unet: UNet,
+        network: nn.Module,
         diffusion: Diffusion,
         *,
         noise_levels: Sequence[float],
-        downsample: Sequence[int],
+        downsample: Sequence[int] | None = None,
+        blocks: Sequence[str] | None = None,
         prediction: bool = True,
+        max_batch: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        example: tuple[Tensor, Tensor | None] | None = None,
+        call: Call | None = None,
     ) -> None:
-        available = unet.output_downsample
-        missing = [factor for factor in downsample if factor not in available]
-        if missing:
+        if (downsample is None) == (blocks is None):
             raise ConfigError(
-                f"downsample: the network has blocks at factors {sorted(set(available))}, got {missing[0]}"
+                f"downsample, blocks: expected one of them, got {'neither' if blocks is None else 'both'}"
             )
-        self.unet = unet
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ConfigError(f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
         self.steps = diffusion.steps_of(noise_levels)
+        if not len(self.steps) or not (downsample or blocks or prediction):
+            raise ConfigError("noise_levels, blocks: expected at least one noise level and one block, got none")
+        self.reader: BlockReader
+        if isinstance(network, UNet):
+            self.reader = UNetReader(network, downsample=downsample, blocks=blocks, prediction=prediction)
+        elif example is None:
+            raise ConfigError(
+                f"example: expected (x, condition) as a later call takes them, because {type(network).__name__} is not "
+                f"the project's UNet, got None"
+            )
+        else:
+            self.reader = ModuleReader(
+                network, downsample=downsample, blocks=blocks, prediction=prediction, example=example, call=call
+            )
         self.alpha_bar = diffusion.alpha_bar[self.steps]
         self.times = diffusion.network_time(self.steps)
         self.diffusion = diffusion
-        self.prediction = prediction
-        self.blocks = [block for block, factor in enumerate(available) if factor in downsample]
-        widths = [unet.output_widths[block] for block in self.blocks] + [unet.in_channels] * prediction
-        self.channels = [len(noise_levels) * width for width in widths]
+        self.max_batch = check_max_batch(max_batch)
+        self.dtype = dtype
+        self.channels = [len(self.steps) * width for width in self.reader.widths]
+        if prediction:
+            self.channels.append(len(self.steps) * self.reader.channels)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, condition: Tensor | None) -> list[Tensor]:
-        """Features of images x [B, C, H, W] in [-1, 1] under a condition (see `UNet.forward`; [B, ...]).
+        """Features of images x, floating [B, C, H, W] in [-1, 1], under a condition [B, ...] (see `UNet.forward`).
 
         The noise is a function of an image's pixels, so that features never depend on the batch.
         Returns one [B, channels[i], H / f, W / f] a block, f its factor; the prediction last, [B, channels[-1], H, W].
         """
-        levels, batch = len(self.steps), x.shape[0]
-        noised = noised_batch(x, self.alpha_bar.to(x), pixel_seed(x))
+        check_tensor("x", x, "floating", ("B", self.reader.channels, "H", "W"))
+        levels, batch = len(self.steps), len(x)
+        rows = split_rows(noised_batch(x, self.alpha_bar.to(x), pixel_seed(x)), self.max_batch)
+        sizes = [len(part) for part in rows]
         repeated = None if condition is None else condition.repeat(levels, *[1] * (condition.ndim - 1))
-        times = self.times.to(x.device).repeat_interleave(batch)
-        last = len(self.unet.output_blocks) - 1
-        read = self.unet.decoder_features(noised, times, repeated, [*self.blocks, *[last] * self.prediction])
-        maps = [read[block] for block in self.blocks]
-        if self.prediction:
-            noise = self.unet.read_out(read[last])[:, : self.unet.in_channels]
-            maps.append(self.diffusion.predict_x0(noised, self.steps.to(x.device).repeat_interleave(batch), noise))
+        conditions = [None] * len(rows) if repeated is None else repeated.split(sizes)
+        steps = self.steps.to(x.device).repeat_interleave(batch).split(sizes)
+        times = self.times.to(x.device).repeat_interleave(batch).split(sizes)
+        passes = [self._pass(*each) for each in zip(rows, steps, times, conditions, strict=True)]
+        maps = (torch.cat(parts) for parts in zip(*passes, strict=True))
         return [part.unflatten(0, (levels, batch)).transpose(0, 1).flatten(1, 2) for part in maps]
+
+    def _pass(self, noised: Tensor, steps: Tensor, times: Tensor, condition: Tensor | None) -> list[Tensor]:
+        """Maps [R, C_i, h_i, w_i] of rows x_t."""
+        with torch.autocast(noised.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            read, prediction = self.reader(noised, times, condition)
+        maps = [block.to(torch.promote_types(block.dtype, torch.float32)) for block in read]
+        if prediction is not None:
+            noise = prediction[:, : noised.shape[1]].to(noised.dtype)
+            maps.append(self.diffusion.predict_x0(noised, steps, noise))
+        return maps

@@ -17,14 +17,10 @@ from cldf_fast.evidence import cam as cam_methods
 from cldf_fast.evidence.graphs import CudaGraphs
 from cldf_fast.ops import gradient_saliency, noised_batch, pixel_seed
 from cldf_fast.ops._arguments import check_choice, check_tensor, describe
+from cldf_fast.passes import check_max_batch, split_rows
 
 Classifier = Callable[[Tensor, Tensor], Tensor]
 """(x_t [B, C, H, W], timesteps [B]) -> logits [B, K]."""
-
-_CUDA_ROWS = 128
-# Arrays beyond 32 MB, such as 64 channels of so many pixels, glibc returns to the system when they are freed and takes
-# anew, page by page, which costs a CPU a fifth of a pass. Fewer pixels gain nothing, and a few rows wait for Python.
-_CPU_PIXELS = 2**17
 
 
 @dataclass(frozen=True)
@@ -89,9 +85,8 @@ class ClassifierSaliency:
             raise ConfigError(f"cam_layer: expected a module of the classifier or None, got {type(cam_layer).__name__}")
         check_choice("cam", cam, tuple(cam_methods.METHODS))
         check_choice("target", target, ("log_probability", "logit"))
-        for name, count in (("draws", draws), ("max_batch", max_batch)):
-            if count is not None and count < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {count}")
+        if draws < 1:
+            raise ConfigError(f"draws: expected at least 1, got {draws}")
         if dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
         self.classifier = classifier
@@ -103,7 +98,7 @@ class ClassifierSaliency:
         self.target = target
         self.multi_label = multi_label
         self.saliency = partial(gradient_saliency, reduce=reduce, percentile=percentile, sigma=sigma)
-        self.max_batch = max_batch
+        self.max_batch = check_max_batch(max_batch)
         self.dtype = dtype
         self.cuda_graph = cuda_graph
         self._pass = CudaGraphs(self._differentiate) if cuda_graph else self._differentiate
@@ -115,7 +110,7 @@ class ClassifierSaliency:
             raise ConfigError(f"cuda_graph: expected images on a CUDA device, got {describe(x)}; set cuda_graph=False")
         # Autograd must work although the caller may be in inference mode, where all else of a prediction belongs.
         with torch.inference_mode(False), _frozen(self.classifier):
-            parts = [self._evidence(images) for images in self._chunks(x)]
+            parts = [self._evidence(images) for images in split_rows(x, self.max_batch)]
         return Evidence(
             torch.cat([part.gradient_map for part in parts]),
             torch.cat([part.cam for part in parts]),
@@ -127,15 +122,10 @@ class ClassifierSaliency:
         """The `Evidence.probability` of images x, without the backward passes."""
         check_tensor("x", x, "floating", ("B", "C", "H", "W"))
         parts = []
-        for images in self._chunks(x):
+        for images in split_rows(x, self.max_batch):
             logits = [self._classify(*rows) for rows in self._passes(images)]
             parts.append(self._mean_probability(torch.cat(logits)))
         return torch.cat(parts)
-
-    def _chunks(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Rows [R, ...] in parts as equal as can be, none beyond the bound."""
-        fit = _CUDA_ROWS if rows.is_cuda else _CPU_PIXELS // max(1, rows.shape[2] * rows.shape[3])
-        return rows.chunk(max(1, -(-len(rows) // (self.max_batch or max(1, fit)))))
 
     def _passes(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """(x_t, timesteps) of every pass over images x; the rows are level after level."""
@@ -143,7 +133,7 @@ class ClassifierSaliency:
             alpha_bar, timesteps = next(iter(self._levels.values()))
             self._levels[x.device] = alpha_bar.to(x.device), timesteps.to(x.device)
         alpha_bar, timesteps = self._levels[x.device]
-        noised = self._chunks(noised_batch(x, alpha_bar, pixel_seed(x)))
+        noised = split_rows(noised_batch(x, alpha_bar, pixel_seed(x)), self.max_batch)
         times = timesteps.repeat_interleave(len(x))
         return zip(noised, times.split([len(rows) for rows in noised]), strict=True)
 

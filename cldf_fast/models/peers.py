@@ -194,9 +194,7 @@ def from_monai(model: nn.Module) -> tuple[Architecture, State]:
     at_attention.append((widths[-1], network.num_head_channels[-1]))
     head_channels, heads = {per for _, per in at_attention}, {width // per for width, per in at_attention}
     if len(head_channels) > 1 and len(heads) > 1:
-        raise _differs(
-            "MONAI", f"num_head_channels {list(network.num_head_channels)} and the heads they make vary"
-        )
+        raise _differs("MONAI", f"num_head_channels {list(network.num_head_channels)} and the heads they make vary")
     one_width = len(head_channels) == 1
     architecture = Architecture(
         kind="unet",

@@ -176,13 +176,16 @@ class UNet(nn.Module):
                 f"x: expected height and width to be multiples of {factor}, got {x.shape[-2]} x {x.shape[-1]}"
             )
         embedding = self.embed(timesteps, condition)
+        wanted, read = set(blocks), {}
+        # The first input blocks go into the last output blocks: what is not computed holds no memory.
+        unused = len(self.input_blocks) - 1 - max(wanted)
         skips = []
         h = F.pixel_unshuffle(x, self.patch_size)
-        for block in self.input_blocks:
+        for i, block in enumerate(self.input_blocks):
             h = block(h, embedding)
-            skips.append(h)
+            if i >= unused:
+                skips.append(h)
         h = self.middle_block(h, embedding)
-        wanted, read = set(blocks), {}
         for i in range(max(wanted) + 1):
             h = self.output_blocks[i](torch.cat([h, skips.pop()], dim=1), embedding)
             if i in wanted:

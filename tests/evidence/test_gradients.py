@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor, nn
 
+from cldf_fast import passes
 from cldf_fast.diffusion import Diffusion
 from cldf_fast.errors import ConfigError, DataError
-from cldf_fast.evidence import ClassifierSaliency, Evidence, gradients, pixel_labels
+from cldf_fast.evidence import ClassifierSaliency, Evidence, pixel_labels
 from cldf_fast.models.classifier import NoiseAwareClassifier
 from cldf_fast.ops import noised_batch, pixel_seed
 
@@ -206,7 +207,7 @@ def test_no_gradient_of_a_parameter_is_computed_and_flags_come_back(classifier: 
 
 
 def test_an_unbounded_batch_stays_in_the_cache_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradients, "_CPU_PIXELS", 4 * 12 * 8)
+    monkeypatch.setattr(passes, "_CPU_PIXELS", 4 * 12 * 8)
     rows: list[int] = []
 
     def counting(x: Tensor, _timesteps: Tensor) -> Tensor:

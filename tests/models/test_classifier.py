@@ -128,9 +128,7 @@ def test_wrong_arguments_are_named() -> None:
         small().block_at(8)
     with pytest.raises(ConfigError, match="multiples of 2, got 7 x 8"):
         small()(torch.zeros(1, 2, 7, 8), torch.zeros(1))
-    with pytest.raises(
-        ConfigError, match="pool: expected one of adaptive, attention, spatial, spatial_v2, mean, got"
-    ):
+    with pytest.raises(ConfigError, match="pool: expected one of adaptive, attention, spatial, spatial_v2, mean, got"):
         small(pool="max")
     with pytest.raises(ConfigError, match="image_size: expected the size"):
         small(pool="attention")
