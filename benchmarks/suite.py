@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_anchors.py --benchmark-json=raw.json    # 1 minute
     OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_saliency.py --benchmark-json=raw.json   # 2 minutes
+    OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_features.py --benchmark-json=raw.json   # 4 minutes
     OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_infonce.py --benchmark-json=raw.json    # 11 minutes
     python -m benchmarks.suite keep raw.json      # writes benchmarks/results/<stem>-cpu.json, which is tracked
     python -m benchmarks.suite table benchmarks/results/anchors-cpu.json
@@ -9,7 +10,7 @@
 
 A module `bench_<stem>.py` measures all rivals of a problem in one process, one test each, with the parameter `rival`
 and those of the problem. Its `OURS` names the rival that is this package, `case(rival, **problem)` returns what is
-timed, `SMALL` is a problem that is over in a moment, and `HEADLINES` are those that the README shows. The time of a
+timed, `SMALL` is a problem that is over in a moment (its sizes; what is named by a word follows the problem), and `HEADLINES` are those that the README shows. The time of a
 rival counts only after its result was compared.
 """
 
@@ -61,7 +62,7 @@ def peak_memory(stem: str, rival: str, problem: dict[str, Any]) -> int:
 def _measure_memory(stem: str, rival: str, problem: dict[str, Any]) -> int:
     module = importlib.import_module(f"benchmarks.bench_{stem}")
     # A small call first: code, thread pools and the allocator's own reserves are no memory of the method.
-    module.case(rival, **module.SMALL)()
+    module.case(rival, **module.SMALL | {name: value for name, value in problem.items() if isinstance(value, str)})()
     run: Callable[[], tuple[Tensor, ...]] = module.case(rival, **problem)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak so far is what is in use now
     before = _peak_resident()

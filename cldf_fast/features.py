@@ -99,7 +99,7 @@ class DiffusionFeatures:
         steps = self.steps.to(x.device).repeat_interleave(batch).split(sizes)
         times = self.times.to(x.device).repeat_interleave(batch).split(sizes)
         passes = [self._pass(*each) for each in zip(rows, steps, times, conditions, strict=True)]
-        maps = (torch.cat(parts) for parts in zip(*passes, strict=True))
+        maps = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*passes, strict=True))
         return [part.unflatten(0, (levels, batch)).transpose(0, 1).flatten(1, 2) for part in maps]
 
     def _pass(self, noised: Tensor, steps: Tensor, times: Tensor, condition: Tensor | None) -> list[Tensor]:

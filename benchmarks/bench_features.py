@@ -1,0 +1,222 @@
+"""Features of a frozen UNet and the decoder on them, against the public procedure of ddpm-segmentation and its ports.
+
+    OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_features.py --benchmark-json=raw.json
+    python -m benchmarks.suite keep raw.json
+
+The public procedure runs the whole UNet for every noise level, resizes the blocks that hooks have kept to the image's
+size, concatenates them and applies the multilayer perceptron to pixels. "inference" goes from an image to an embedding
+of every pixel; "training" is a step: from four images and 1024 anchors to the loss and the decoder's gradients. All
+rivals share weights, noise and decoder. What lies between the public procedure and ours, one trick after the other:
+
+    public      as above
+    truncated   the UNet stops after the last block that is read
+    stacked     and all noise levels are one batch
+    reading     and blocks stay at native size: the decoder's first layer comes before resizing (inference), or single
+                pixels are read (training)
+    ours        inference: the same. training: the same, but once for all steps: the network is frozen, so what anchors
+                read is held, in half precision, and a step has no UNet
+    bfloat16    inference: ours with convolutions and products in bfloat16
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.suite import peak_memory
+from cldf_fast import DiffusionFeatures, PixelDecoder, PixelInfoNCE
+from cldf_fast.diffusion import Diffusion
+from cldf_fast.models.decoder import read_at
+from cldf_fast.models.unet import UNet
+from cldf_fast.ops import noised_batch, pixel_seed
+
+OURS = "ours"
+SMALL: dict[str, Any] = {"part": "inference", "batch": 1, "size": 16, "width": 32}
+PROBLEMS: tuple[dict[str, Any], ...] = tuple(
+    {"part": part, "batch": batch, "size": 128, "width": width}
+    for part, batch in (("inference", 1), ("training", 4))
+    for width in (64, 128)
+)
+HEADLINES = PROBLEMS
+RIVALS = {
+    "inference": ("ours", "public", "truncated", "stacked", "bfloat16"),
+    "training": ("ours", "public", "reading"),
+}
+# How far from the float32 result a rival may be, relative to its norm: rounding alone, or that of what it stores.
+TOLERANCE = {("training", "ours"): 2e-3, ("inference", "bfloat16"): 5e-2}
+EXACT = 1e-5
+
+NOISE_LEVELS = (0.05, 0.15, 0.25)
+DOWNSAMPLE = (8, 4, 2)
+ANCHORS, CLASSES, TEMPERATURE = 1024, 2, 0.1
+
+
+class Setting:
+    """What all rivals share: images, their noise, the frozen UNet, the decoder, and anchors of a training step."""
+
+    def __init__(self, batch: int, size: int, width: int) -> None:
+        torch.manual_seed(0)
+        self.unet = UNet(1, width, channel_mult=(1, 2, 3, 4), num_res_blocks=2, num_classes=3)
+        # As initialised, every residual branch is zero.
+        with torch.no_grad():
+            for parameter in self.unet.parameters():
+                parameter.normal_(0, 0.1 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
+        self.unet.eval().requires_grad_(False)
+        self.features = self.reader()
+        self.decoder = PixelDecoder(self.features.channels).eval()
+        self.x = torch.rand(batch, 1, size, size) * 2 - 1
+        self.labels = torch.arange(batch) % 3
+        self.size = (size, size)
+        self.noised = noised_batch(self.x, self.features.alpha_bar, pixel_seed(self.x)).unflatten(
+            0, (len(NOISE_LEVELS), batch)
+        )
+        self.blocks = [i for i, factor in enumerate(self.unet.output_downsample) if factor in DOWNSAMPLE]
+        self.anchors = torch.randint(size * size, (batch, ANCHORS // batch))
+        self.anchor_labels = torch.randint(CLASSES, (ANCHORS,))
+
+    def reader(self, dtype: torch.dtype = torch.float32) -> DiffusionFeatures:
+        return DiffusionFeatures(
+            self.unet,
+            Diffusion(),
+            noise_levels=NOISE_LEVELS,
+            downsample=DOWNSAMPLE,
+            prediction=False,
+            dtype=dtype,
+        )
+
+    def step(self, embeddings: Tensor) -> tuple[Tensor, ...]:
+        """Loss and the decoder's gradients from embeddings [A, D] of the anchors."""
+        loss = PixelInfoNCE(TEMPERATURE)(embeddings, self.anchor_labels)
+        gradients = torch.autograd.grad(loss, list(self.decoder.parameters()))
+        return loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])
+
+
+# --- The public way, and the steps from it to ours --------------------------------------------------------------------
+
+
+@torch.no_grad()
+def whole_unet(setting: Setting, x_t: Tensor, time: Tensor) -> list[Tensor]:
+    """Blocks kept by hooks in a pass through the whole network."""
+    kept: list[Tensor] = []
+    hooks = [
+        setting.unet.output_blocks[block].register_forward_hook(lambda _module, _arguments, out: kept.append(out))
+        for block in setting.blocks
+    ]
+    setting.unet(x_t, time.expand(len(x_t)), setting.labels)
+    for hook in hooks:
+        hook.remove()
+    return kept
+
+
+@torch.no_grad()
+def truncated_unet(setting: Setting, x_t: Tensor, time: Tensor) -> list[Tensor]:
+    """The same blocks, and nothing after them."""
+    read = setting.unet.decoder_features(x_t, time.expand(len(x_t)), setting.labels, setting.blocks)
+    return [read[block] for block in setting.blocks]
+
+
+def full_size(maps: list[Tensor], size: tuple[int, int]) -> Tensor:
+    """All maps [B, C_i, h_i, w_i] resized and concatenated: [B, C, H, W]."""
+    return torch.cat([F.interpolate(each, size, mode="bilinear", align_corners=False) for each in maps], dim=1)
+
+
+def level_after_level(setting: Setting, blocks_of: Callable[[Setting, Tensor, Tensor], list[Tensor]]) -> Tensor:
+    """Full-size features [B, C, H, W], in the order of channels that `DiffusionFeatures` has."""
+    by_level = [blocks_of(setting, x_t, time) for x_t, time in zip(setting.noised, setting.features.times, strict=True)]
+    return full_size([level[i] for i in range(len(setting.blocks)) for level in by_level], setting.size)
+
+
+def mlp(decoder: PixelDecoder, features: Tensor) -> Tensor:
+    """Embeddings [..., D] of features [..., C]; standardising, which the public decoders lack, costs nothing here."""
+    weight = decoder.first.weight / decoder.deviation
+    hidden = F.linear(features, weight, decoder.first.bias - weight @ decoder.mean)
+    return F.normalize(decoder.rest(hidden), dim=-1)
+
+
+@torch.no_grad()
+def every_pixel(setting: Setting, features: Tensor) -> tuple[Tensor]:
+    """Embeddings [B, D, H, W] from full-size features."""
+    return (mlp(setting.decoder, features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),)
+
+
+def infer_level_after_level(
+    setting: Setting, blocks_of: Callable[[Setting, Tensor, Tensor], list[Tensor]]
+) -> tuple[Tensor, ...]:
+    return every_pixel(setting, level_after_level(setting, blocks_of))
+
+
+def infer_stacked(setting: Setting) -> tuple[Tensor, ...]:
+    return every_pixel(setting, full_size(setting.features(setting.x, setting.labels), setting.size))
+
+
+@torch.no_grad()
+def infer(setting: Setting, features: DiffusionFeatures) -> tuple[Tensor, ...]:
+    return (setting.decoder.dense(features(setting.x, setting.labels), setting.size),)
+
+
+def train_public(setting: Setting) -> tuple[Tensor, ...]:
+    features = level_after_level(setting, whole_unet).flatten(2)
+    rows = features.gather(2, setting.anchors.unsqueeze(1).expand(-1, features.shape[1], -1)).transpose(1, 2)
+    embeddings = mlp(setting.decoder, rows.flatten(0, 1))
+    # The matrix of all pairs, as in the public losses; PixelInfoNCE's own value is compared with it.
+    logits = embeddings @ embeddings.T / TEMPERATURE
+    others = ~torch.eye(len(logits), dtype=torch.bool)
+    positives = (setting.anchor_labels == setting.anchor_labels.unsqueeze(1)) & others
+    log_probability = logits - logits.masked_fill(~others, -torch.inf).logsumexp(dim=1, keepdim=True)
+    loss = -((log_probability * positives).sum(dim=1) / positives.sum(dim=1)).mean()
+    gradients = torch.autograd.grad(loss, list(setting.decoder.parameters()))
+    return loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def train_reading(setting: Setting) -> tuple[Tensor, ...]:
+    maps = setting.features(setting.x, setting.labels)
+    return setting.step(setting.decoder.at(maps, setting.anchors, setting.size).flatten(0, 1))
+
+
+def train_on_held(setting: Setting, held: Tensor) -> tuple[Tensor, ...]:
+    return setting.step(setting.decoder(held.float()).flatten(0, 1))
+
+
+def case(rival: str, part: str, batch: int, size: int, width: int) -> Callable[[], tuple[Tensor, ...]]:
+    """What is timed: a call that gives embeddings [B, D, H, W], or the loss and gradients of a step."""
+    setting = Setting(batch, size, width)
+    match part, rival:
+        case "inference", "public":
+            return partial(infer_level_after_level, setting, whole_unet)
+        case "inference", "truncated":
+            return partial(infer_level_after_level, setting, truncated_unet)
+        case "inference", "stacked":
+            return partial(infer_stacked, setting)
+        case "inference", "bfloat16":
+            return partial(infer, setting, setting.reader(torch.bfloat16))
+        case "inference", "ours":
+            return partial(infer, setting, setting.features)
+        case "training", "public":
+            return partial(train_public, setting)
+        case "training", "reading":
+            return partial(train_reading, setting)
+        case "training", "ours":
+            maps = setting.features(setting.x, setting.labels)
+            return partial(train_on_held, setting, read_at(maps, setting.anchors, setting.size).half())
+    raise ValueError(f"rival: expected one of {RIVALS[part]}, got {rival!r}")
+
+
+@pytest.mark.parametrize(
+    ("rival", "part", "batch", "size", "width"),
+    [(rival, *problem.values()) for problem in PROBLEMS for rival in RIVALS[str(problem["part"])]],
+)
+def test_features(benchmark: Any, rival: str, part: str, batch: int, size: int, width: int) -> None:
+    problem: dict[str, Any] = {"part": part, "batch": batch, "size": size, "width": width}
+    got = benchmark.pedantic(case(rival, **problem), warmup_rounds=1, rounds=3)
+    expected = case(RIVALS[part][-1] if rival == "public" else "public", **problem)()
+    for ours, theirs in zip(got, expected, strict=True):
+        assert theirs.std(correction=0) > 0 or theirs.ndim == 0
+        tolerance = TOLERANCE.get((part, RIVALS[part][-1] if rival == "public" else rival), EXACT)
+        assert (ours - theirs).norm() / theirs.norm() < tolerance
+    benchmark.extra_info["extra_bytes"] = peak_memory("features", rival, problem)
