@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_anchors.py --benchmark-json=raw.json    # 1 minute
     OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_saliency.py --benchmark-json=raw.json   # 2 minutes
-    OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_features.py --benchmark-json=raw.json   # 4 minutes
+    OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_features.py --benchmark-json=raw.json   # 10 minutes
     OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_infonce.py --benchmark-json=raw.json    # 11 minutes
     python -m benchmarks.suite keep raw.json      # writes benchmarks/results/<stem>-cpu.json, which is tracked
     python -m benchmarks.suite table benchmarks/results/anchors-cpu.json
@@ -10,8 +10,8 @@
 
 A module `bench_<stem>.py` measures all rivals of a problem in one process, one test each, with the parameter `rival`
 and those of the problem. Its `OURS` names the rival that is this package, `case(rival, **problem)` returns what is
-timed, `SMALL` is a problem that is over in a moment (its sizes; what is named by a word follows the problem), and `HEADLINES` are those that the README shows. The time of a
-rival counts only after its result was compared.
+timed, `SMALL` is a problem that is over in a moment (its sizes: words of a problem are kept), and `HEADLINES` are those
+that the README shows. The time of a rival counts only after its result was compared.
 """
 
 from __future__ import annotations
