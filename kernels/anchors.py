@@ -68,7 +68,10 @@ def times_kernel(
         pixel = (part * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
         inside = pixel < P
         at = b * P + pixel
-        time, _, _, _ = tl.philox(seed, pixel.to(tl.uint32), low, high, tl.zeros_like(pixel).to(tl.uint32) + _STREAM)
+        block = ((part * STEPS + step) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+        first, second, third, fourth = tl.philox(seed, block, low, high, tl.zeros_like(block) + _STREAM)
+        # Word after word of block after block.
+        time = tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), [BLOCK])
         row = _row_of(label_ptr, at, inside, K)
         if WEIGHTED:
             weight = tl.load(weight_ptr + at, mask=inside, other=0.0)

@@ -21,7 +21,7 @@ from torch import Tensor
 # Every random number is a word of Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011):
 #
 #   key      seed bits 0-31, seed bits 32-63
-#   counter  anchors: flat pixel, image_index bits 0-31, image_index bits 32-63, ANCHOR_STREAM
+#   counter  anchors: flat pixel // 4, image_index bits 0-31, image_index bits 32-63, ANCHOR_STREAM
 #            noise:   flat element of [C, H, W] // 4, noise level, 0, NOISE_STREAM
 #
 # Words are held as int64: torch has no arithmetic on uint32.
@@ -199,7 +199,7 @@ def sample_anchors(
 ) -> tuple[Tensor, Tensor]:
     """indices int64 [B, K, S] and counts int64 [B, K]: an exponential race, the S smallest arrival times of a class.
 
-    Without weights the time is the pixel's random word r itself. With weights it is float32(E) / float32(weight) where
+    A pixel's random word r is word pixel % 4 of block pixel // 4. Without weights the time is r itself. With weights it is float32(E) / float32(weight) where
     E = -log1p(-(r + 1/2) / 2^32) in float64; the bits of a float32 that is not negative sort as it does. In both cases
     the pixel's index breaks ties: what is ranked is (32 bits of time, 31 bits of pixel) in one int64.
     """
@@ -207,8 +207,9 @@ def sample_anchors(
     pixels = height * width
     pixel = torch.arange(pixels, device=labels.device)
     seed, image_index = seed.unsqueeze(1), image_index.unsqueeze(1)
-    counter = (pixel, _low(image_index), _high(image_index), ANCHOR_STREAM)
-    time = torch.as_tensor(philox4x32((_low(seed), _high(seed)), counter)[0])
+    counter = (pixel[: -(-pixels // 4)], _low(image_index), _high(image_index), ANCHOR_STREAM)
+    words = philox4x32((_low(seed), _high(seed)), counter)
+    time = torch.stack([torch.as_tensor(word) for word in words], dim=2).flatten(1)[:, :pixels]
     drawable = torch.ones_like(time, dtype=torch.bool)
     if weight is not None:
         weight = weight.flatten(1).float()

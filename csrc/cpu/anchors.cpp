@@ -57,20 +57,22 @@ struct Draw {
   int64_t *indices, *counts;  // [batch, classes, per_class], [batch, classes]
 };
 
-template <class Label>
+// Row: an unsigned integer that holds the number of classes, which stands for pixels of none.
+template <class Row>
 class Race {
  public:
-  Race(const Draw& draw, const Label* labels)
+  explicit Race(const Draw& draw)
       : d_(draw),
-        labels_(labels),
         chunks_(ceil_div(d_.pixels, kChunk)),
+        rows_(d_.batch * d_.pixels),
         counts_(d_.batch * chunks_ * rows()),
         weights_(d_.weights ? counts_.size() : 0),
         limits_(d_.batch * rows(), kNobody),
         collected_(d_.batch * chunks_ * d_.classes) {}
 
-  void run() {
-    each(d_.batch * chunks_, [&](int64_t task) { count(task); });
+  template <class Label>
+  void run(const Label* labels) {
+    each(d_.batch * chunks_, [&](int64_t task) { count(labels, task); });
     for (double patience = 1.0; set_limits(patience); patience *= 4.0)
       each(d_.batch * chunks_, [&](int64_t task) { collect(task); });
     each(d_.batch * d_.classes, [&](int64_t row) { order(row); });
@@ -96,19 +98,30 @@ class Race {
     return {task / chunks_, begin, std::min(begin + kChunk, d_.pixels)};
   }
 
-  // The class of a pixel of the batch, or `classes` for none. One comparison sees labels below 0 too.
-  int64_t row_of(int64_t at) const {
-    const int64_t row = int64_t(std::min(uint64_t(int64_t(labels_[at])), uint64_t(d_.classes)));
-    return d_.weights && !(d_.weights[at] > 0.0f) ? d_.classes : row;
-  }
-
-  void count(int64_t task) {
+  template <class Label>
+  void count(const Label* labels, int64_t task) {
     const Part p = part(task);
-    for (int64_t pixel = p.begin; pixel < p.end; ++pixel) {
-      const int64_t at = p.image * d_.pixels + pixel, place = task * rows() + row_of(at);
-      ++counts_[place];
-      if (d_.weights) weights_[place] += d_.weights[at];
+    const int64_t first = p.image * d_.pixels, end = first + p.end, classes = d_.classes, stride = rows();
+    const float* weights = d_.weights;
+    Row* rows_of_pixels = rows_.data();
+    double* sums = weights ? &weights_[task * stride] : nullptr;
+    // Neighbours, often of one class, are counted apart: a counter that was just written can't be read at once.
+    constexpr uint64_t kApart = 4;
+    std::vector<int32_t> counts(kApart * uint64_t(stride));
+    int32_t* counters[kApart];
+    for (uint64_t i = 0; i < kApart; ++i) counters[i] = &counts[i * uint64_t(stride)];
+    for (int64_t at = first + p.begin; at < end; ++at) {
+      // One comparison sees labels below 0 too.
+      int64_t row = int64_t(std::min(uint64_t(int64_t(labels[at])), uint64_t(classes)));
+      if (weights) {
+        row = weights[at] > 0.0f ? row : classes;
+        sums[row] += weights[at];
+      }
+      rows_of_pixels[at] = Row(row);
+      ++counters[uint64_t(at) % kApart][row];
     }
+    for (int64_t row = 0; row < stride; ++row)
+      for (const int32_t* counter : counters) counts_[task * stride + row] += counter[row];
   }
 
   template <class T>
@@ -168,7 +181,7 @@ class Race {
       kernels().arrival_times(uint64_t(d_.seeds[p.image]), uint64_t(d_.images[p.image]), uint32_t(first), count,
                               d_.weights ? d_.weights + at : nullptr, times);
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t row = row_of(at + i);
+        const int64_t row = rows_[at + i];
         if (int64_t(times[i]) <= limits[row])
           collected[row].push_back(uint64_t(times[i]) << 31 | uint64_t(first + i));
       }
@@ -192,13 +205,25 @@ class Race {
   static constexpr int64_t kNobody = -1;
 
   const Draw d_;
-  const Label* labels_;  // [batch, pixels]
   const int64_t chunks_;
+  std::vector<Row> rows_;                         // [batch, pixels]: the class, or `classes` for none
   std::vector<int32_t> counts_;                   // [batch, chunks, classes + 1]
   std::vector<double> weights_;                   // the same, or none
   std::vector<int64_t> limits_;                   // [batch, classes + 1]
   std::vector<std::vector<uint64_t>> collected_;  // [batch, chunks, classes]: time and pixel
 };
+
+template <class Row>
+void race(const Draw& draw, const Tensor& labels) {
+  Race<Row> race(draw);
+  switch (labels.scalar_type()) {
+    case ScalarType::Char: return race.run(data<int8_t>(labels));
+    case ScalarType::Byte: return race.run(data<uint8_t>(labels));
+    case ScalarType::Short: return race.run(data<int16_t>(labels));
+    case ScalarType::Int: return race.run(data<int32_t>(labels));
+    default: return race.run(data<int64_t>(labels));
+  }
+}
 
 void sample_anchors(Tensor labels, std::optional<Tensor> weight, Tensor seed, Tensor image_index, Tensor indices,
                     Tensor counts) {
@@ -213,13 +238,7 @@ void sample_anchors(Tensor labels, std::optional<Tensor> weight, Tensor seed, Te
       .indices = data<int64_t>(indices),
       .counts = data<int64_t>(counts),
   };
-  switch (labels.scalar_type()) {
-    case ScalarType::Char: return Race(draw, data<int8_t>(labels)).run();
-    case ScalarType::Byte: return Race(draw, data<uint8_t>(labels)).run();
-    case ScalarType::Short: return Race(draw, data<int16_t>(labels)).run();
-    case ScalarType::Int: return Race(draw, data<int32_t>(labels)).run();
-    default: return Race(draw, data<int64_t>(labels)).run();
-  }
+  draw.classes <= 0xFF ? race<uint8_t>(draw, labels) : race<uint32_t>(draw, labels);
 }
 
 }  // namespace

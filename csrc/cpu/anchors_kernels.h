@@ -11,7 +11,7 @@ constexpr uint32_t kNever = 0xFFFFFFFF;
 
 struct AnchorKernels {
   // times[i]: when pixel first + i arrives in the race, as cldf_fast/ops/reference.py defines it; float32 bits with
-  // weights. Without weights, null.
+  // weights. Without weights, null. first: a multiple of 4. times: with room for the next multiple of 4 after count.
   void (*arrival_times)(uint64_t seed, uint64_t image, uint32_t first, int64_t count, const float* weights,
                         uint32_t* times);
 };

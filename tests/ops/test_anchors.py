@@ -55,7 +55,8 @@ def test_uniform_anchors_are_the_smallest_words_of_a_class(seed_value):
     indices, counts = sample_anchors(labels, num_classes=3, per_class=6, seed=seed_value, image_index=image_index)
     for b, k in itertools.product(range(2), range(3)):
         image = int(image_index[b])
-        words = numpy_philox(seed_value, (np.arange(255), image % 2**32, image >> 32, ANCHOR_STREAM))[0]
+        blocks = numpy_philox(seed_value, (np.arange(64), image % 2**32, image >> 32, ANCHOR_STREAM))
+        words = np.stack(blocks, axis=1).flatten()
         members = np.flatnonzero(labels[b].flatten().numpy() == k)
         expected = members[np.argsort(words[members], kind="stable")][:6]
         assert indices[b, k].tolist() == expected.tolist()

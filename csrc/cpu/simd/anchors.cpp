@@ -13,9 +13,12 @@ namespace {
 
 void arrival_times(uint64_t seed, uint64_t image, uint32_t first, int64_t count, const float* weights,
                    uint32_t* times) {
-  const uint32_t low = uint32_t(image), high = uint32_t(image >> 32);
-  for (int64_t i = 0; i < count; ++i)
-    times[i] = philox4x32(seed, first + uint32_t(i), low, high, kAnchorStream).at[0];
+  const uint32_t low = uint32_t(image), high = uint32_t(image >> 32), first_block = first / 4;
+  const int64_t blocks = (count + 3) / 4;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const Words words = philox4x32(seed, first_block + uint32_t(block), low, high, kAnchorStream);
+    for (int word = 0; word < 4; ++word) times[4 * block + word] = words.at[word];
+  }
   if (!weights) return;
   for (int64_t i = 0; i < count; ++i) {
     const float time = exponential_variate(times[i]) / weights[i];
