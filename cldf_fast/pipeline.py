@@ -19,7 +19,7 @@ from cldf_fast.models.classifier import NoiseAwareClassifier
 from cldf_fast.models.conditions import label_condition, null_condition, num_conditions
 from cldf_fast.models.decoder import PixelDecoder
 from cldf_fast.models.unet import UNet
-from cldf_fast.segmentation import Prototypes, masks_from_probability
+from cldf_fast.segmentation import Prototypes, masks_from_probability, second_view
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -257,12 +257,7 @@ class CLDF:
         return (probability.log() + F.pad(shift, (0, 0, 0, 0, 1, 0))).softmax(dim=1)
 
     def _second_view(self, maps: Tensor, *, back: bool = False) -> Tensor:
-        """Images or maps [B, ..., H, W] moved by a pixel and, where left and right mean the same, mirrored; or back."""
-        if back:
-            maps = maps.roll((-1, -1), dims=(-2, -1))
-        if self.config.data.mirror:
-            maps = maps.flip(-1)
-        return maps if back else maps.roll((1, 1), dims=(-2, -1))
+        return second_view(maps, mirror=self.config.data.mirror, back=back)
 
 
 def _check_finite(what: str, first: int, *results: Tensor) -> None:

@@ -100,3 +100,12 @@ def masks_from_probability(probability: Tensor, present: Tensor) -> Tensor:
     """
     allowed = torch.cat([torch.ones_like(present[:, :1]), present], dim=1)[:, :, None, None]
     return torch.where(allowed, probability, -1.0).argmax(dim=1).to(torch.uint8)
+
+
+def second_view(maps: Tensor, *, mirror: bool, back: bool = False) -> Tensor:
+    """Images or maps [B, ..., H, W] moved by a pixel and, where left and right mean the same, mirrored; or back."""
+    if back:
+        maps = maps.roll((-1, -1), dims=(-2, -1))
+    if mirror:
+        maps = maps.flip(-1)
+    return maps if back else maps.roll((1, 1), dims=(-2, -1))

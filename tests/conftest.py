@@ -106,19 +106,28 @@ def tiny_slices() -> Callable[..., Any]:
 
 
 @pytest.fixture
-def tiny_cldf(tiny_config: Any, randomised: Callable[[nn.Module], nn.Module]) -> Any:
-    """A complete `CLDF` of `tiny_config` for two channels and three classes, with random weights."""
+def make_tiny_cldf(randomised: Callable[[nn.Module], nn.Module]) -> Callable[[Any], Any]:
+    """A complete `CLDF` of a configuration for two channels and three classes, with random weights."""
     from cldf_fast.models.decoder import PixelDecoder
     from cldf_fast.pipeline import CLDF, build_classifier, build_unet
     from cldf_fast.segmentation import Prototypes
 
-    unet = randomised(build_unet(tiny_config.cdm.network, 2, 3))
-    classifier = randomised(build_classifier(tiny_config, 2, 3))
-    channels = CLDF(tiny_config, unet, classifier).features.channels
-    decoder = randomised(PixelDecoder(channels, hidden=16, embedding=8))
-    vectors = torch.nn.functional.normalize(torch.randn(4, 2, 8), dim=-1)
-    prototypes = Prototypes(vectors, 0.1 * torch.randn(4), temperature=0.1)
-    return CLDF(tiny_config, unet, classifier, decoder, prototypes, torch.tensor([0.4, 0.5, 0.6]))
+    def make(config: Any) -> CLDF:
+        unet = randomised(build_unet(config.cdm.network, 2, 3))
+        classifier = randomised(build_classifier(config, 2, 3))
+        channels = CLDF(config, unet, classifier).features.channels
+        decoder = randomised(PixelDecoder(channels, hidden=16, embedding=8))
+        vectors = torch.nn.functional.normalize(torch.randn(4, 2, 8), dim=-1)
+        prototypes = Prototypes(vectors, 0.1 * torch.randn(4), temperature=0.1)
+        return CLDF(config, unet, classifier, decoder, prototypes, torch.tensor([0.4, 0.5, 0.6]))
+
+    return make
+
+
+@pytest.fixture
+def tiny_cldf(tiny_config: Any, make_tiny_cldf: Callable[[Any], Any]) -> Any:
+    """The `CLDF` of `tiny_config`."""
+    return make_tiny_cldf(tiny_config)
 
 
 @pytest.fixture

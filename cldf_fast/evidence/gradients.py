@@ -103,6 +103,11 @@ class ClassifierSaliency:
         self.cuda_graph = cuda_graph
         self._pass = CudaGraphs(self._differentiate) if cuda_graph else self._differentiate
 
+    @property
+    def levels(self) -> tuple[Tensor, Tensor]:
+        """alpha_bar and timesteps of every draw of every level, each [num_levels]."""
+        return next(iter(self._levels.values()))
+
     def __call__(self, x: Tensor) -> Evidence:
         """Evidence for images x, floating [B, C, H, W] in [-1, 1]. An image's result never depends on its batch."""
         check_tensor("x", x, "floating", ("B", "C", "H", "W"))
@@ -130,7 +135,7 @@ class ClassifierSaliency:
     def _passes(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """(x_t, timesteps) of every pass over images x; the rows are level after level."""
         if x.device not in self._levels:
-            alpha_bar, timesteps = next(iter(self._levels.values()))
+            alpha_bar, timesteps = self.levels
             self._levels[x.device] = alpha_bar.to(x.device), timesteps.to(x.device)
         alpha_bar, timesteps = self._levels[x.device]
         noised = split_rows(noised_batch(x, alpha_bar, pixel_seed(x)), self.max_batch)

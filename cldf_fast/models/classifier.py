@@ -129,9 +129,14 @@ class NoiseAwareClassifier(nn.Module):
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """Logits [B, num_classes] of x [B, C, H, W] at timesteps [B] (the units that the network was trained on)."""
-        embedding = self.time_embed(
-            timestep_embedding(timesteps, self.model_channels).to(next(self.parameters()).dtype)
-        )
+        return self.logits(x, self.embed(timesteps))
+
+    def embed(self, timesteps: Tensor) -> Tensor:
+        """The embedding [B, 4 * model_channels] of time [B]."""
+        return self.time_embed(timestep_embedding(timesteps, self.model_channels).to(next(self.parameters()).dtype))
+
+    def logits(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """As `forward`, for an embedding in place of time."""
         if x.shape[-1] % self.downsample_factor or x.shape[-2] % self.downsample_factor:
             raise ConfigError(
                 f"x: expected height and width to be multiples of {self.downsample_factor}, "

@@ -170,12 +170,15 @@ class UNet(nn.Module):
 
         Arguments as in forward. Nothing after the last block asked for is computed.
         """
+        return self.blocks_of(x, self.embed(timesteps, condition), blocks)
+
+    def blocks_of(self, x: Tensor, embedding: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
+        """As `decoder_features`, for an embedding [B, 4 * model_channels] in place of time and condition."""
         factor = self.downsample_factor
         if x.shape[-1] % factor or x.shape[-2] % factor:
             raise ConfigError(
                 f"x: expected height and width to be multiples of {factor}, got {x.shape[-2]} x {x.shape[-1]}"
             )
-        embedding = self.embed(timesteps, condition)
         wanted, read = set(blocks), {}
         # The first input blocks go into the last output blocks: what is not computed holds no memory.
         unused = len(self.input_blocks) - 1 - max(wanted)

@@ -1,0 +1,171 @@
+"""What is exported, as modules of tensors alone: normalised images and their noise in, probabilities out.
+
+Noise levels are fixed, so that embeddings of time, and of the null condition, become constants. Gradients do not
+export: what `segmentation.evidence_weight` adds stays in torch.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from cldf_fast.errors import ConfigError
+from cldf_fast.models.conditions import label_condition, null_condition
+from cldf_fast.models.layers import ResBlock
+from cldf_fast.models.reading import UNetReader
+from cldf_fast.pipeline import CLDF
+from cldf_fast.segmentation import Prototypes, second_view
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class SegmentationGraph(nn.Module):
+    """Class probabilities as `CLDF.segment` gives them, before absent classes are ruled out, and the mask after.
+
+    num_views, num_levels: V and T of the noise that forward wants.
+    """
+
+    def __init__(self, cldf: CLDF) -> None:
+        super().__init__()
+        if cldf.decoder is None or cldf.prototypes is None:
+            raise ConfigError("run: expected a trained decoder, got none; train the decoder first")
+        if cldf.config.segmentation.evidence_weight:
+            raise ConfigError(
+                "segmentation.evidence_weight: expected 0, because gradients do not export, got "
+                f"{cldf.config.segmentation.evidence_weight}; export without evidence (--without-evidence) or set it to 0"
+            )
+        reader = cldf.features.reader
+        assert isinstance(reader, UNetReader)
+        self.views = _Views(cldf, average=cldf.config.segmentation.average_views, alpha_bar=cldf.features.alpha_bar)
+        self.num_views, self.num_levels = self.views.count, len(cldf.features.steps)
+        self.blocks, self.prediction = reader.blocks, reader.prediction
+        self.with_condition = cldf.config.features.condition == "label"
+        times = cldf.features.times
+        if self.with_condition:
+            self.unet = copy.deepcopy(cldf.unet)
+            self.register_buffer("times", times)
+        else:
+            null = null_condition(len(times), cldf.num_classes)
+            self.unet = _folded(cldf.unet, cldf.unet.embed(times, null))
+        self.decoder = copy.deepcopy(cldf.decoder)
+        self.prototypes = _Prototypes(cldf.prototypes)
+
+    def forward(self, image: Tensor, noise: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities float32 [B, K + 1, S, S], background first, and the mask int32 [B, S, S].
+
+        image: float32 [B, C, S, S] in [-1, 1]. noise: float32 [B, V, T, C, S, S], standard normal, see `deploy.noise`.
+        present: float32 [B, K], 1 where a class is present by the image-level label, 0 elsewhere.
+        """
+        noised = self.views(image, noise)
+        embedding = self._condition(present) if self.with_condition else noised[:, 0, 0, :1]
+        last = len(self.unet.output_blocks) - 1
+        read = self.unet.blocks_of(noised, embedding, [*self.blocks, *[last] * self.prediction])
+        maps = [read[block] for block in self.blocks]
+        if self.prediction:
+            channels = image.shape[1]
+            maps.append(self.views.clean(noised, self.unet.read_out(read[last])[:, :channels]))
+        size = (image.shape[2], image.shape[3])
+        # Rows are view after view of an image, and level after level of a view.
+        maps = [each.reshape(-1, self.num_levels * each.shape[1], *each.shape[2:]) for each in maps]
+        embeddings = self.decoder.dense(maps, size)
+        probability = self.views.average(self.prototypes(embeddings.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        absent = torch.cat([torch.zeros_like(present[:, :1]), 1 - present], dim=1)[:, :, None, None]
+        return probability, (probability - 2 * absent).argmax(dim=1).to(torch.int32)
+
+    def _condition(self, present: Tensor) -> Tensor:
+        """Embeddings [B * V * T, E] of all rows."""
+        rows = self.num_views * self.num_levels
+        condition = label_condition(present > 0.5).repeat_interleave(rows, dim=0)
+        return self.unet.embed(self.get_buffer("times").repeat(condition.shape[0] // self.num_levels), condition)
+
+
+class LabelGraph(nn.Module):
+    """Image-level probabilities as `CLDF.label_probability` gives them.
+
+    num_views, num_levels: V and T of the noise that forward wants; T counts the draws of a level too.
+    """
+
+    def __init__(self, cldf: CLDF) -> None:
+        super().__init__()
+        alpha_bar, times = cldf.saliency.levels
+        self.views = _Views(cldf, average=cldf.config.evidence.average_views, alpha_bar=alpha_bar)
+        self.num_views, self.num_levels = self.views.count, len(times)
+        self.classifier = _folded(cldf.classifier, cldf.classifier.embed(times))
+
+    def forward(self, image: Tensor, noise: Tensor) -> Tensor:
+        """Probabilities float32 [B, K]; image and noise as in `SegmentationGraph`."""
+        noised = self.views(image, noise)
+        logits = self.classifier.logits(noised, noised[:, 0, 0, :1])
+        # The same as float32's logsigmoid and exp, without either.
+        return logits.sigmoid().reshape(-1, self.num_views * self.num_levels, logits.shape[1]).mean(dim=1)
+
+
+class _Views(nn.Module):
+    """Images as they are and, where views are averaged, as a second view; each at all noise levels."""
+
+    def __init__(self, cldf: CLDF, *, average: bool, alpha_bar: Tensor) -> None:
+        super().__init__()
+        self.count = 1 + average
+        self.mirror = cldf.config.data.mirror
+        level = alpha_bar.view(-1, 1, 1, 1)
+        self.register_buffer("signal_scale", level.sqrt())
+        self.register_buffer("noise_scale", (1 - level).sqrt())
+
+    def forward(self, image: Tensor, noise: Tensor) -> Tensor:
+        """x_t [B * V * T, C, S, S] of images [B, C, S, S] and noise [B, V, T, C, S, S]."""
+        views = [image, second_view(image, mirror=self.mirror)][: self.count]
+        stacked = torch.stack(views, dim=1).unsqueeze(2)
+        noised = self.get_buffer("signal_scale") * stacked + self.get_buffer("noise_scale") * noise
+        return noised.flatten(0, 2)
+
+    def clean(self, noised: Tensor, noise: Tensor) -> Tensor:
+        """The clean images that x_t and predicted noise imply, all [B * V * T, C, S, S]."""
+        rows = (-1, len(self.get_buffer("signal_scale")), *noised.shape[1:])
+        clean = noised.reshape(rows) - self.get_buffer("noise_scale") * noise.reshape(rows)
+        return (clean / self.get_buffer("signal_scale")).flatten(0, 1)
+
+    def average(self, maps: Tensor) -> Tensor:
+        """[B, ..., S, S] of maps [B * V, ..., S, S] of all views."""
+        if self.count == 1:
+            return maps
+        first, second = maps.reshape(-1, 2, *maps.shape[1:]).unbind(1)
+        return (first + second_view(second, mirror=self.mirror, back=True)) / 2
+
+
+class _Prototypes(nn.Module):
+    """`Prototypes.probability`, as a module whose tensors are weights of the graph."""
+
+    def __init__(self, prototypes: Prototypes) -> None:
+        super().__init__()
+        self.register_buffer("vectors", prototypes.vectors)
+        self.register_buffer("bias", prototypes.bias)
+        self.temperature = prototypes.temperature
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        prototypes = Prototypes(self.get_buffer("vectors"), self.get_buffer("bias"), self.temperature)
+        return prototypes.probability(embeddings)
+
+
+class _Constant(nn.Module):
+    """In place of `ResBlock.emb_layers`, where the embeddings of all rows are known: row r has number r mod T."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("values", values)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        values = self.get_buffer("values")
+        return values if len(values) == 1 else values.repeat(rows.shape[0] // len(values), 1)
+
+
+def _folded(network: Network, embedding: Tensor) -> Network:
+    """A copy whose residual blocks know their embedding [T, E], and read but the number of rows of what they get."""
+    copied = copy.deepcopy(network)
+    with torch.no_grad():
+        for module in copied.modules():
+            if isinstance(module, ResBlock):
+                module.emb_layers = _Constant(module.emb_layers(embedding))  # type: ignore[assignment]
+    return copied
