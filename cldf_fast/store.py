@@ -31,6 +31,7 @@ _LIMITS = {torch.float16: 1.0, torch.int8: 127.0}  # the largest stored magnitud
 _SMALLEST = 1e-30  # scale of a channel of zeros
 _SCANS = 100  # of the folder, by each process, until the store is full
 _CHECKSUM = "sha256"
+_PARTS = ("values", "scale")
 
 Entry = dict[str, Tensor]
 """Of one image and each block i: values_<i> [C_i, h_i, w_i] in the store's dtype, scale_<i> float32 [C_i]."""
@@ -94,9 +95,11 @@ class FeatureStore:
             computed = self.features(x[rows], None if condition is None else condition[rows])
             encoded = [_encoded(block, self.dtype) for block in computed]
             for row, name in enumerate(missing):
-                entries[name] = {}
-                for i, (values, scale) in enumerate(encoded):
-                    entries[name] |= {f"values_{i}": values[row], f"scale_{i}": scale[row]}
+                entries[name] = {
+                    f"{part}_{i}": rows_of[row]
+                    for i, pair in enumerate(encoded)
+                    for part, rows_of in zip(_PARTS, pair, strict=True)
+                }
                 self._write(name, entries[name])
         self.found += len(names) - len(missing)
         self.computed += len(missing)
@@ -144,7 +147,7 @@ class FeatureStore:
         if not self._writes:
             return
         data = save(entry, {_CHECKSUM: _checksum(name, entry)})
-        reason = f"max_bytes = {self.max_bytes} is reached"
+        reason = f"its bound of {self.max_bytes} bytes is reached"
         try:
             if self._has_room(len(data)):
                 atomic_write_bytes(self.folder / name, data, durable=False)
@@ -169,9 +172,6 @@ class FeatureStore:
         self._used += size
         self._written += size
         return True
-
-
-_PARTS = ("values", "scale")
 
 
 def _encoded(block: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

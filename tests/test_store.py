@@ -329,7 +329,9 @@ def test_the_bound_holds_is_said_once_and_changes_no_features(unet: UNet, tmp_pa
     FeatureStore(features_of(unet), tmp_path / "all")(x, condition)
     size = files_in(tmp_path / "all")[0].stat().st_size
     bounded = FeatureStore(features_of(unet), tmp_path / "some", max_bytes=4 * size + size // 2)
-    with pytest.warns(UserWarning, match=r"some: no more features are stored \(max_bytes = \d+ is reached\)") as seen:
+    with pytest.warns(
+        UserWarning, match=r"some: no more features are stored \(its bound of \d+ bytes is reached\)"
+    ) as seen:
         for _ in range(2):
             for rows in torch.arange(9).split(2):
                 assert_near(bounded(x[rows], condition[rows]), [block[rows] for block in exact])
