@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cldf_fast.ops import pixel_infonce as pixel_infonce
     from cldf_fast.ops import sample_anchors as sample_anchors
     from cldf_fast.pipeline import CLDF as CLDF
+    from cldf_fast.store import FeatureStore as FeatureStore
 
 __version__ = "0.1.0.dev0"
 
@@ -29,6 +30,7 @@ _HOMES = {
     "CLDF": "cldf_fast.pipeline",
     "ClassifierSaliency": "cldf_fast.evidence",
     "DiffusionFeatures": "cldf_fast.features",
+    "FeatureStore": "cldf_fast.store",
     "PixelBank": "cldf_fast.losses",
     "PixelContrastLoss": "cldf_fast.losses",
     "PixelDecoder": "cldf_fast.models.decoder",

@@ -134,6 +134,14 @@ class FeatureConfig(Section):
     )
     prediction: bool = Field(default=True, description="also read the clean image that the CDM predicts")
     condition: Literal["label", "null"] = "null"
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="precision of the CDM's convolutions and products"
+    )
+    store: Literal["off", "float16", "int8"] = Field(
+        default="off",
+        description="keep features in the run, rounded so, for training further decoders and evaluating again",
+    )
+    store_gib: float = Field(default=10.0, gt=0, description="bound on the store, GiB")
 
 
 class DecoderConfig(Section):

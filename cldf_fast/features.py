@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,18 @@ from cldf_fast.models.unet import UNet
 from cldf_fast.ops import noised_batch, pixel_seed
 from cldf_fast.ops._arguments import check_tensor
 from cldf_fast.passes import check_max_batch, split_rows
+
+
+class FeatureReader(Protocol):
+    """What decoders are trained on and read: `DiffusionFeatures`, or a `store.FeatureStore` in front of one.
+
+    channels: of each map that a call returns.
+    """
+
+    channels: list[int]
+
+    def __call__(self, x: Tensor, condition: Tensor | None) -> list[Tensor]:
+        """Images [B, C, H, W] under conditions [B, ...] -> one [B, channels[i], h_i, w_i] a map."""
 
 
 class DiffusionFeatures:
@@ -62,6 +75,7 @@ class DiffusionFeatures:
         self.steps = diffusion.steps_of(noise_levels)
         if not len(self.steps) or not (downsample or blocks or prediction):
             raise ConfigError("noise_levels, blocks: expected at least one noise level and one block, got none")
+        self.network = network
         self.reader: BlockReader
         if isinstance(network, UNet):
             self.reader = UNetReader(network, downsample=downsample, blocks=blocks, prediction=prediction)
@@ -91,6 +105,9 @@ class DiffusionFeatures:
         Returns one [B, channels[i], H / f, W / f] a block, f its factor; the prediction last, [B, channels[-1], H, W].
         """
         check_tensor("x", x, "floating", ("B", self.reader.channels, "H", "W"))
+        if not len(x):  # which torch's pixel_unshuffle, for one, leaves as it is
+            blank = None if condition is None else condition.new_zeros(1, *condition.shape[1:])
+            return [block[:0] for block in self(x.new_zeros(1, *x.shape[1:]), blank)]
         levels, batch = len(self.steps), len(x)
         rows = split_rows(noised_batch(x, self.alpha_bar.to(x), pixel_seed(x)), self.max_batch)
         sizes = [len(part) for part in rows]

@@ -10,30 +10,33 @@ from pathlib import Path
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """Give a temporary path to write to; at the end of the block it is flushed to disk and takes the place of `path`.
 
     The temporary file lies in the same folder (a rename is atomic only within one file system), is hidden, and keeps
     the endings of `path`, because writers choose the format by them. Missing parent folders are made. If the block
     raises, the temporary file is removed and `path` is left as it was; only a kill leaves the hidden file behind.
+    durable: False does not flush, for files that are checked when read and can be made again: a kill still leaves the
+    old file or the new one, but a power cut may leave half of one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".partial-{secrets.token_hex(4)}-{path.name}")
     try:
         yield temporary
-        _flush(temporary)
+        if durable:
+            _flush(temporary)
         os.replace(temporary, path)
         # The rename itself is lost in a power cut unless the folder is flushed too; Windows can't open folders.
-        if os.name == "posix":
+        if durable and os.name == "posix":
             _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def atomic_write_bytes(path: str | Path, data: bytes) -> None:
+def atomic_write_bytes(path: str | Path, data: bytes, *, durable: bool = True) -> None:
     """Write data to path in one step: see `atomic_write`."""
-    with atomic_write(path) as temporary:
+    with atomic_write(path, durable=durable) as temporary:
         temporary.write_bytes(data)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -14,12 +15,13 @@ from cldf_fast.config import Config, UNetConfig
 from cldf_fast.diffusion import Diffusion
 from cldf_fast.errors import CheckpointError, DataError
 from cldf_fast.evidence import ClassifierSaliency, Evidence
-from cldf_fast.features import DiffusionFeatures
+from cldf_fast.features import DiffusionFeatures, FeatureReader
 from cldf_fast.models.classifier import NoiseAwareClassifier
 from cldf_fast.models.conditions import label_condition, null_condition, num_conditions
 from cldf_fast.models.decoder import PixelDecoder
 from cldf_fast.models.unet import UNet
 from cldf_fast.segmentation import Prototypes, masks_from_probability, second_view
+from cldf_fast.store import FeatureStore
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -76,21 +78,26 @@ def build_saliency(config: Config, diffusion: Diffusion, classifier: NoiseAwareC
     )
 
 
-def build_features(config: Config, diffusion: Diffusion, unet: UNet) -> DiffusionFeatures:
-    """The feature reader of a configuration's features section."""
-    return DiffusionFeatures(
+def build_features(config: Config, diffusion: Diffusion, unet: UNet, folder: Path | None = None) -> FeatureReader:
+    """The feature reader of a configuration's features section; with its store, if it has one and a folder is given."""
+    features = DiffusionFeatures(
         unet,
         diffusion,
         noise_levels=config.features.noise_levels,
         downsample=config.features.downsample,
         prediction=config.features.prediction,
+        dtype=getattr(torch, config.features.dtype),
     )
+    if folder is None or config.features.store == "off":
+        return features
+    return FeatureStore(features, folder, dtype=config.features.store, max_bytes=int(config.features.store_gib * 2**30))
 
 
 class CLDF:
     """Frozen CDM and classifier, and where it was trained, the pixel decoder with its prototypes.
 
     label_threshold: float32 [K], the classifier's probability from which a class counts as present.
+    store: folder that features are kept in, where the configuration says so; None: they are not.
     """
 
     def __init__(
@@ -101,6 +108,7 @@ class CLDF:
         decoder: PixelDecoder | None = None,
         prototypes: Prototypes | None = None,
         label_threshold: Tensor | None = None,
+        store: Path | None = None,
     ) -> None:
         self.config = config
         self.diffusion = build_diffusion(config)
@@ -108,7 +116,7 @@ class CLDF:
         self.classifier = freeze(classifier)
         self.num_classes = classifier.num_classes
         self.saliency = build_saliency(config, self.diffusion, classifier)
-        self.features = build_features(config, self.diffusion, unet)
+        self.features = build_features(config, self.diffusion, unet, store)
         self.decoder = decoder if decoder is None else freeze(decoder)
         self.prototypes = prototypes
         self.label_threshold = torch.full((self.num_classes,), 0.5) if label_threshold is None else label_threshold

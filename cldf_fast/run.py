@@ -6,6 +6,7 @@ split.csv            patients of train, val and test
 cdm.safetensors  classifier.safetensors  decoder.safetensors
 prototypes.safetensors   vectors, bias, label_threshold
 metrics.jsonl  loss_<network>.png
+features/            with features.store: what the frozen CDM says of the images that were read (see store.FeatureStore)
 """
 
 from __future__ import annotations
@@ -58,6 +59,10 @@ class Run:
     @property
     def split_file(self) -> Path:
         return self.path / "split.csv"
+
+    @property
+    def feature_folder(self) -> Path:
+        return self.path / "features"
 
     def create(self, config: Config, record: DatasetRecord) -> None:
         """Make the directory and write the configuration and the data set's record."""
@@ -116,6 +121,10 @@ class Run:
         for folder in self.path.glob("decoder-seed-*"):
             shutil.rmtree(folder)
 
+    def drop_features(self) -> None:
+        """Remove the stored features: they are another network's, or will not be read again."""
+        shutil.rmtree(self.feature_folder, ignore_errors=True)
+
     def _seeded(self, seed: int) -> Run:
         return self if seed == 0 else Run(self.path / f"decoder-seed-{seed}")
 
@@ -125,10 +134,11 @@ class Run:
             recorded = file.metadata() or {}
         return [name for name, digest in self.network_digests().items() if recorded.get(name, digest) != digest]
 
-    def load(self, *, decoder: bool = True, seed: int = 0) -> CLDF:
+    def load(self, *, decoder: bool = True, seed: int = 0, store: bool = False) -> CLDF:
         """The CDM and classifier, and the decoder with its prototypes where they are trained and wanted.
 
-        seed: which decoder, see `save_decoder`.
+        seed: which decoder, see `save_decoder`. store: keep features in the run, if its configuration has a store; for
+        images that are read again.
         Raises CheckpointError where a file is missing, damaged or does not fit, also if the CDM or the classifier was
         trained again after the decoder.
         """
@@ -138,10 +148,11 @@ class Run:
         self._load_into("cdm", unet)
         self._load_into("classifier", classifier)
         folder = self._seeded(seed)
+        kept = self.feature_folder if store else None
         if not (decoder and folder.has("decoder")):
-            return CLDF(config, unet, classifier)
+            return CLDF(config, unet, classifier, store=kept)
         trained = folder._decoder(config, unet)
-        return CLDF(config, unet, classifier, trained, *self._decision(folder, config, record))
+        return CLDF(config, unet, classifier, trained, *self._decision(folder, config, record), store=kept)
 
     def _decoder(self, config: Config, unet: UNet) -> PixelDecoder:
         channels = build_features(config, build_diffusion(config), unet).channels

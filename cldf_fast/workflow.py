@@ -138,15 +138,16 @@ def evaluate(
             run.record(),
             quiet=quiet,
         )
-        loaded = run.load(decoder=False).to(fabric.device)
+        loaded = run.load(decoder=False, store=True).to(fabric.device)
         if further and not run.has_decoder(further):
             run.save_decoder(*_train_decoder(loaded, trainer, masks=False), further)
-        cldf = run.load(seed=further).to(fabric.device)
+        cldf = run.load(seed=further, store=True).to(fabric.device)
         supervised = None
         if upper_bound:
             bound = replace(trainer, run=Run(run.path / f"upper-bound-seed-{further}"))
             trained = _train_decoder(loaded, bound, masks=True)
-            supervised = CLDF(config, loaded.unet, loaded.classifier, *trained).to(fabric.device)
+            supervised = CLDF(config, loaded.unet, loaded.classifier, *trained, store=run.feature_folder)
+            supervised = supervised.to(fabric.device)
         comparisons.append(
             compare(
                 cldf,

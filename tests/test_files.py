@@ -71,6 +71,17 @@ def test_file_has_ordinary_permissions(tmp_path: Path) -> None:
     assert stat.S_IMODE(atomic) == stat.S_IMODE(ordinary)
 
 
+@pytest.mark.parametrize("durable", [True, False])
+def test_only_what_must_survive_a_power_cut_is_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
+) -> None:
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    atomic_write_bytes(tmp_path / "file", b"new", durable=durable)
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert bool(flushed) == durable
+
+
 def test_nothing_written_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "never"):
         pass

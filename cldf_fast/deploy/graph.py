@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cldf_fast.errors import ConfigError
+from cldf_fast.features import DiffusionFeatures
 from cldf_fast.models.conditions import label_condition, null_condition
 from cldf_fast.models.layers import ResBlock
 from cldf_fast.models.reading import UNetReader
@@ -37,6 +38,7 @@ class SegmentationGraph(nn.Module):
                 "segmentation.evidence_weight: expected 0, because gradients do not export, got "
                 f"{cldf.config.segmentation.evidence_weight}; export without evidence (--without-evidence) or set it to 0"
             )
+        assert isinstance(cldf.features, DiffusionFeatures)
         reader = cldf.features.reader
         assert isinstance(reader, UNetReader)
         self.views = _Views(cldf, average=cldf.config.segmentation.average_views, alpha_bar=cldf.features.alpha_bar)

@@ -28,9 +28,11 @@ class Reading(NamedTuple):
 class BlockReader(Protocol):
     """Reads the same blocks of a network at every call, and computes nothing after the last of them.
 
-    widths: channels of each block. prediction: whether the network's prediction is read too. channels: of an image.
+    names: of the blocks. widths: channels of each block. prediction: whether the network's prediction is read too.
+    channels: of an image.
     """
 
+    names: list[str]
     widths: list[int]
     prediction: bool
     channels: int
@@ -52,6 +54,7 @@ class UNetReader:
             names = {f"output_blocks.{i}": i for i in range(len(unet.output_blocks))}
             _check_known("blocks", blocks, names)
             self.blocks = [names[name] for name in blocks]
+        self.names = [f"output_blocks.{block}" for block in self.blocks]
         self.widths = [unet.output_widths[block] for block in self.blocks]
         self.prediction = prediction
         self.channels = unet.in_channels
@@ -111,6 +114,7 @@ class ModuleReader:
             chosen = _with_factor(list(enumerate(factors)), downsample or ())
             self.modules = {candidates[i]: modules[candidates[i]] for i in chosen}
             seen = [seen[i] for i in chosen]
+        self.names = list(self.modules)
         self.widths = [block.shape[1] for block in seen]
 
     def __call__(self, x: Tensor, timesteps: Tensor, condition: Tensor | None) -> Reading:

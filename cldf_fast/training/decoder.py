@@ -6,6 +6,7 @@ the training images, at the anchors only, and held in memory (half precision). T
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -15,15 +16,18 @@ from torch import Tensor, nn
 
 from cldf_fast.config import DecoderConfig
 from cldf_fast.errors import DataError
-from cldf_fast.features import DiffusionFeatures
+from cldf_fast.features import FeatureReader
 from cldf_fast.losses import PixelInfoNCE
 from cldf_fast.models.decoder import read_at
 from cldf_fast.ops import sample_anchors
+from cldf_fast.store import FeatureStore
 from cldf_fast.training.augment import Augmenter
 from cldf_fast.training.engine import LossFunction, StepDraws, derived_seed
 from cldf_fast.training.progress import Progress
 
 _READ_BATCH = 16  # images in one pass of the CDM
+_STORE_RATE = 3e8  # bytes a second that a process reads from a feature store, on two cores
+_WORTH_SAYING = 5.0  # seconds that a store would save
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def read_anchors(
     images: Tensor,
     pixel_labels: Tensor,
     conditions: Tensor,
-    features: DiffusionFeatures,
+    features: FeatureReader,
     *,
     num_classes: int,
     per_class: int,
@@ -68,6 +72,7 @@ def read_anchors(
     total, size = images.shape[0], (images.shape[2], images.shape[3])
     batches = [(number, rows) for number in range(passes) for rows in torch.arange(total).split(_READ_BATCH)]
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    seconds, values, found = 0.0, 0, features.found if isinstance(features, FeatureStore) else 0
     mine = batches[fabric.global_rank :: fabric.world_size]
     with Progress("features at anchors", len(mine), quiet=quiet or not fabric.is_global_zero) as progress:
         for done, (number, rows) in enumerate(mine):
@@ -85,9 +90,22 @@ def read_anchors(
             available = (labels.flatten(1).unsqueeze(1) == classes.view(1, -1, 1)).sum(dim=2)
             weight = (available / counts.clamp_min(1)).unsqueeze(2).expand_as(pixels)
             anchor_labels = torch.where(pixels >= 0, classes.view(1, -1, 1), -1)
-            read = read_at(features(x, conditions[rows].to(fabric.device)), pixels.flatten(1), size)
-            parts.append((read.half().cpu(), anchor_labels.flatten(1).cpu(), weight.flatten(1).float().cpu()))
+            started = time.perf_counter()
+            maps = features(x, conditions[rows].to(fabric.device))
+            read = read_at(maps, pixels.flatten(1), size).half().cpu()
+            seconds += time.perf_counter() - started
+            values += sum(block.numel() for block in maps)
+            parts.append((read, anchor_labels.flatten(1).cpu(), weight.flatten(1).float().cpu()))
             progress.update(done + 1)
+        if isinstance(features, FeatureStore):
+            progress.note(f"features: {features.found - found} of {sum(len(rows) for _, rows in mine)} were stored")
+        elif (saved := seconds - 2 * values / _STORE_RATE) > _WORTH_SAYING:
+            gigabytes = 2 * values * fabric.world_size / 1e9
+            other = "as much" if augmenter is None or passes == 1 else f"1/{passes} of it"
+            progress.note(
+                f"features: {seconds:.0f} s; features.store=float16 would take {gigabytes:.1f} GB and save {saved:.0f} "
+                f"s when a decoder is trained again with this seed, {other} with another seed"
+            )
     if fabric.world_size > 1:
         shared: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(fabric.world_size)]
         distributed.all_gather_object(shared, parts)

@@ -79,7 +79,7 @@ class Trainer:
         for name in ("cdm", "classifier"):
             if not self.run.has(name):
                 raise CheckpointError(f"{self.run.path}: the decoder needs a trained {name}; run `train {name}` first")
-        cldf = self.run.load(decoder=False).to(self.fabric.device)
+        cldf = self.run.load(decoder=False, store=True).to(self.fabric.device)
         decoder, prototypes, threshold = fit_decoder(cldf, self, self.pixel_labels(cldf, self.train))
         if self.fabric.is_global_zero:
             self.run.drop_further_decoders()
@@ -114,6 +114,8 @@ class Trainer:
             if self.run.network_digests() != before:
                 # A decoder that was begun learns from other features now: resuming it would pass it off as theirs.
                 (self.run.path / "decoder.checkpoint").unlink(missing_ok=True)
+                if name == "cdm":
+                    self.run.drop_features()
 
 
 def fit_decoder(cldf: CLDF, trainer: Trainer, labels: Tensor) -> tuple[PixelDecoder, Prototypes, Tensor]:

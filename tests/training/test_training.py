@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -29,9 +30,11 @@ from cldf_fast.data.packing import PackedSlices
 from cldf_fast.diffusion import Diffusion
 from cldf_fast.errors import CheckpointError, DataError
 from cldf_fast.evidence import pixel_labels
+from cldf_fast.features import DiffusionFeatures
 from cldf_fast.models.conditions import label_condition, null_condition
 from cldf_fast.pipeline import CLDF
 from cldf_fast.run import DatasetRecord, Run
+from cldf_fast.store import FeatureStore
 from cldf_fast.training import decoder as decoder_training
 from cldf_fast.training import fit as fitting
 from cldf_fast.training.augment import Augmenter
@@ -157,7 +160,7 @@ def test_half_of_a_decoder_s_batch_holds_foreground() -> None:
 
 
 def read(cldf: CLDF, data: PackedSlices, labels: Tensor, fabric: Fabric, **options: Any) -> AnchorBank:
-    arguments: dict[str, Any] = {"passes": 1, "augmenter": None, "seed": 4, **options}
+    arguments: dict[str, Any] = {"passes": 1, "augmenter": None, "seed": 4, "quiet": True, **options}
     return read_anchors(
         data.images,
         labels,
@@ -166,7 +169,6 @@ def read(cldf: CLDF, data: PackedSlices, labels: Tensor, fabric: Fabric, **optio
         num_classes=4,
         per_class=5,
         fabric=fabric,
-        quiet=True,
         **arguments,
     )
 
@@ -218,6 +220,41 @@ def test_the_first_pass_depends_neither_on_its_batches_nor_on_further_passes(
     small = read(tiny_cldf, data, labels, fabric)
     assert small.labels.equal(once.labels)
     torch.testing.assert_close(small.features, once.features, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("worth", "augmenter", "sentence"),
+    [
+        (
+            -math.inf,
+            Augmenter(),
+            r"store=float16 would take 0\.0 GB and save .* with this seed, 1/2 of it with another",
+        ),
+        (-math.inf, None, r"store=float16 would take 0\.0 GB and save .* with this seed, as much with another"),
+        (math.inf, None, None),
+    ],
+)
+def test_what_a_store_would_save_is_said_where_it_is_worth_it(
+    tiny_cldf: CLDF, tiny_slices: Slices, fabric: Fabric, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], worth: float, augmenter: Augmenter | None, sentence: str | None,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(decoder_training, "_WORTH_SAYING", worth)
+    read(tiny_cldf, tiny_slices(6), pixels_at_random(6), fabric, passes=2, augmenter=augmenter, quiet=False)
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(sentence, said) if sentence else "store" not in said
+
+
+def test_anchors_are_read_through_a_store_and_it_is_said_how_many(
+    tiny_cldf: CLDF, tiny_slices: Slices, fabric: Fabric, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, labels = tiny_slices(6), pixels_at_random(6)
+    exact = read(tiny_cldf, data, labels, fabric, passes=2)
+    assert isinstance(tiny_cldf.features, DiffusionFeatures)
+    tiny_cldf.features = FeatureStore(tiny_cldf.features, tmp_path)
+    for found in (6, 12):
+        bank = read(tiny_cldf, data, labels, fabric, passes=2, quiet=False)
+        torch.testing.assert_close(bank.features, exact.features, rtol=2e-3, atol=2e-2)
+        assert f"features: {found} of 12 were stored" in capsys.readouterr().err
 
 
 def test_without_any_foreground_there_is_nothing_to_learn(tiny_cldf: CLDF, tiny_slices: Slices, fabric: Fabric) -> None:
@@ -332,6 +369,29 @@ def test_a_network_trained_anew_ends_a_decoder_that_was_begun(
     assert state.exists()
     trainer(tiny_config.model_copy(update={"seed": 9}), tmp_path / "run", data, fabric).fit(("cdm",))
     assert not state.exists()
+
+
+def test_a_decoder_trained_again_finds_its_features_in_the_store(
+    tiny_config: Config, tiny_slices: Slices, fabric: Fabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = tiny_config.features.model_copy(update={"store": "float16"})
+    data, config = tiny_slices(), tiny_config.model_copy(update={"features": stored})
+    training = trainer(config, tmp_path, data, fabric)
+    training.fit(NETWORKS)
+    first = weights(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(DiffusionFeatures, "__call__", lambda *_: pytest.fail("computed again"))
+        training.fit(["decoder"])
+    assert all(value.equal(first[key]) for key, value in weights(tmp_path).items())
+    # Of another seed, the images as they are: each is in the store, and its augmented readings are new.
+    rows: list[int] = []
+    read = DiffusionFeatures.__call__
+    monkeypatch.setattr(DiffusionFeatures, "__call__", lambda self, x, c: rows.append(len(x)) or read(self, x, c))
+    trainer(config.model_copy(update={"seed": 9}), tmp_path, data, fabric).fit(["decoder"])
+    assert sum(rows) == (config.decoder.passes - 1) * len(data)
+    assert training.run.feature_folder.exists()
+    trainer(config.model_copy(update={"seed": 9}), tmp_path, data, fabric).fit(["cdm"])
+    assert not training.run.feature_folder.exists()
 
 
 def test_the_decoder_needs_the_other_two(
