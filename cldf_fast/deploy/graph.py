@@ -33,10 +33,11 @@ class SegmentationGraph(nn.Module):
         super().__init__()
         if cldf.decoder is None or cldf.prototypes is None:
             raise ConfigError("run: expected a trained decoder, got none; train the decoder first")
-        if cldf.config.segmentation.evidence_weight:
+        weight = cldf.config.segmentation.evidence_weight
+        if weight:
             raise ConfigError(
-                "segmentation.evidence_weight: expected 0, because gradients do not export, got "
-                f"{cldf.config.segmentation.evidence_weight}; export without evidence (--without-evidence) or set it to 0"
+                f"segmentation.evidence_weight: expected 0, because gradients do not export, got {weight}; export with "
+                f"--without-evidence, which decides without the image's own gradient map"
             )
         assert isinstance(cldf.features, DiffusionFeatures)
         reader = cldf.features.reader

@@ -1,0 +1,63 @@
+"""Sessions: an exported graph on the runtime that executes it, behind one face. Numpy alone; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cldf_fast.errors import BackendError
+
+Array = NDArray[Any]
+
+
+class Session(Protocol):
+    """One graph, loaded. max_batch: the most rows of a call. backend: what executes it, for reports."""
+
+    max_batch: int
+    backend: str
+
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name, numpy arrays of the caller's own, for inputs [B, ...] by name."""
+        ...
+
+
+class OnnxSession:
+    """ONNX Runtime on the CPU.
+
+    model: serialised ONNX. threads: 0 for as many as the machine has cores. Raises BackendError where ONNX Runtime is
+    absent or can't execute the model, as with bfloat16 convolutions.
+    """
+
+    backend = "onnxruntime"
+
+    def __init__(self, model: bytes, *, threads: int = 0, max_batch: int = 16) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise BackendError(f"onnxruntime: is not installed ({error}); pip install onnxruntime") from error
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its own exceptions have no common base
+            raise BackendError(f"onnxruntime {onnxruntime.__version__}: can't load the model ({error})") from error
+        self._outputs = [output.name for output in self._session.get_outputs()]
+        self.max_batch = max_batch
+
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """See `Session`."""
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+
+
+def in_batches(session: Session, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """A session's outputs for any number of rows, in calls of at most max_batch."""
+    rows = len(next(iter(inputs.values())))
+    parts = [
+        session({name: values[first : first + session.max_batch] for name, values in inputs.items()})
+        for first in range(0, rows, session.max_batch)
+    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -1,0 +1,139 @@
+"""Engines of TensorRT 10 and 11 and of TensorRT for RTX, from ONNX that carries its own precision.
+
+All three are driven alike: networks are strongly typed, so that precision is what the types in the ONNX say. TensorRT
+for RTX also builds on a machine without a GPU, for several compute capabilities in one engine.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from cldf_fast.errors import BackendError, ConfigError
+
+FLAVOURS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
+"""Modules, and the distributions that hold them."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batch sizes that an engine takes, smallest to largest, and the one that it is tuned for."""
+
+    smallest: int = 1
+    best: int = 8
+    largest: int = 16
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.smallest <= self.best <= self.largest:
+            raise ConfigError(
+                f"batches: expected 1 <= smallest <= best <= largest, "
+                f"got {self.smallest}, {self.best}, {self.largest}"
+            )
+
+
+@dataclass(frozen=True)
+class Engine:
+    """plan: the serialised engine. shapes: of every input, smallest, best and largest. flags: of its builder.
+
+    timing_cache: what a next build with the same library, GPU and flags can reuse; empty for TensorRT for RTX.
+    """
+
+    plan: bytes
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+    flags: tuple[str, ...]
+    timing_cache: bytes
+
+
+def library(flavour: str) -> ModuleType:
+    """The module of a flavour. Raises BackendError, saying what to install, where it is absent or too old."""
+    if flavour not in FLAVOURS:
+        raise ConfigError(f"flavour: expected one of {', '.join(FLAVOURS)}, got {flavour!r}")
+    try:
+        module = importlib.import_module(flavour)
+    except ImportError as error:
+        raise BackendError(f"{flavour}: is not installed ({error}); pip install {FLAVOURS[flavour]}") from error
+    if flavour == "tensorrt" and int(module.__version__.split(".")[0]) < 10:
+        raise BackendError(f"tensorrt: expected version 10 or later, got {module.__version__}")
+    return module
+
+
+def capabilities(flavour: str) -> list[str]:
+    """Compute capabilities that engines can be built for without such a GPU, e.g. "8.6"; [] where none can."""
+    names = getattr(library(flavour), "ComputeCapability", None)
+    numbers = [name[2:] for name in getattr(names, "__members__", {}) if name.startswith("SM")]
+    return [f"{number[:-1]}.{number[-1]}" for number in sorted(numbers, key=int)]
+
+
+def build(
+    onnx: bytes,
+    *,
+    flavour: str,
+    batches: Batches | None = None,
+    compute_capabilities: Sequence[str] = (),
+    timing_cache: bytes = b"",
+) -> Engine:
+    """Build an engine.
+
+    onnx: a model whose first axis is the batch, in its own precision. compute_capabilities: that the engine shall run
+    on, e.g. ["8.6", "12.0"]; none: the GPU of this machine. timing_cache: of an earlier `Engine`.
+    Raises BackendError for a library that is absent, a capability that it does not serve, and a model that it can't
+    build.
+    """
+    batches = batches or Batches()
+    trt = library(flavour)
+    unserved = [wanted for wanted in compute_capabilities if wanted not in capabilities(flavour)]
+    if unserved:
+        served = ", ".join(capabilities(flavour)) or "only the GPU of the machine that builds"
+        raise BackendError(f"compute_capabilities: expected what {flavour} {trt.__version__} serves ({served}), got "
+                           f"{unserved[0]}")  # fmt: skip
+    logger = _Log.of(trt)
+    builder = trt.Builder(logger)
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # the only kind from version 11 on
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(onnx):
+        raise BackendError(f"{flavour} {trt.__version__}: can't read the ONNX model ({parser.get_error(0)})")
+    config = builder.create_builder_config()
+    # TF32 would round the inputs of products to 10 bits in an engine that is called float32.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    profile = builder.create_optimization_profile()
+    shapes = {}
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        rest = tuple(tensor.shape)[1:]
+        smallest, best, largest = ((rows, *rest) for rows in (batches.smallest, batches.best, batches.largest))
+        shapes[tensor.name] = (smallest, best, largest)
+        profile.set_shape(tensor.name, smallest, best, largest)
+    config.add_optimization_profile(profile)
+    if compute_capabilities:
+        config.num_compute_capabilities = len(compute_capabilities)
+        for i, number in enumerate(compute_capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{number.replace('.', '')}"), i)
+    cache = None
+    if flavour == "tensorrt":
+        cache = config.create_timing_cache(timing_cache)
+        config.set_timing_cache(cache, ignore_mismatch=False)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise BackendError(f"{flavour} {trt.__version__}: can't build the engine ({logger.last or 'it does not say why'})")
+    return Engine(bytes(plan), shapes, ("TF32 off",), b"" if cache is None else bytes(cache.serialize()))
+
+
+class _Log:
+    """Keeps the library's last error, which `build` reports; its warnings are of no use to a user of an export."""
+
+    @staticmethod
+    def of(trt: ModuleType) -> Any:
+        """A logger, whose base class is the library's own."""
+
+        class Logger(trt.ILogger):
+            last = ""
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                    self.last = message
+
+        return Logger()
