@@ -117,6 +117,16 @@ def test_same_content_in_another_form_is_a_change(log: AuditLog) -> None:
         verify_audit(log.path)
 
 
+def test_nesting_of_any_depth_is_a_change(log: AuditLog) -> None:
+    lines = _lines(log)
+    sound = lines[1]
+    for depth in [*range(100, 1100, 20), 100_000]:
+        lines[1] = sound.replace(b'"case":1', b'"case":' + b"[" * depth + b"]" * depth)
+        log.path.write_bytes(b"".join(lines))
+        with pytest.raises(IntegrityError, match="line 2: "):
+            verify_audit(log.path)
+
+
 def test_anchor_shows_what_the_chain_alone_can_not(log: AuditLog) -> None:
     lines = _lines(log)
     anchor = json.loads(lines[4])["sha256"]

@@ -187,6 +187,7 @@ def test_command_that_mends_an_engine_builds_one(directory: Any) -> None:
 def test_file_that_grows_while_it_is_read(directory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     directory.seal()
     sealed = open_sealed(directory.path)
+    monkeypatch.setattr(module, "_CHUNK", 1)  # so that a chunk ends where the file did
     listed = os.stat(directory.path / "model.onnx")
     with (directory.path / "model.onnx").open("ab") as file:
         file.write(b"more")
@@ -596,6 +597,18 @@ def test_manifest_that_says_the_same_in_other_bytes(directory: Any) -> None:
             open_sealed(directory.path)
 
 
+def test_manifest_nested_to_any_depth(directory: Any) -> None:
+    directory.seal()
+    text = (directory.path / MANIFEST).read_text()
+    for depth in [*range(100, 1100, 20), 100_000]:
+        for key in ("format", "files", "signer"):
+            (directory.path / MANIFEST).write_text(
+                re.sub(f'"{key}": ', f'"{key}": {"[" * depth}{"]" * depth}, "x": ', text)
+            )
+            with pytest.raises(IntegrityError):
+                open_sealed(directory.path)
+
+
 def test_huge_manifest_is_not_read(directory: Any) -> None:
     directory.seal()
     with (directory.path / MANIFEST).open("r+b") as file:
@@ -607,7 +620,7 @@ def test_huge_manifest_is_not_read(directory: Any) -> None:
 def test_size_that_lies(directory: Any) -> None:
     directory.seal()
     _edit(directory.path, _set("files", "model.onnx", "size", value=1 << 34))
-    with pytest.raises(IntegrityError, match=r"model\.onnx: expected 17179869184 bytes"):
+    with pytest.raises(IntegrityError, match=r"model\.onnx: expected 17179869184 bytes .*, got \d+;"):
         open_sealed(directory.path).read("model.onnx")
 
 
