@@ -8,7 +8,7 @@
 
 VENV := .venv
 PYTHON :=
-EXTRAS := train,test,dicom
+EXTRAS := train,test,dicom,deploy
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/.installed

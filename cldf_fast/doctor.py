@@ -31,6 +31,7 @@ OPTIONAL = {
     "scipy": "train",
     "typer": "train",
     "highdicom": "dicom",
+    "cryptography": "deploy",
     "onnx": "deploy",
     "onnxruntime": "deploy",
     "onnxscript": "deploy",

@@ -23,3 +23,11 @@ class CheckpointError(CLDFError, RuntimeError):
 
 class BackendError(CLDFError, RuntimeError):
     """A backend was asked for by name and can't serve the input, or is not available on this machine."""
+
+
+class IntegrityError(CLDFError, RuntimeError):
+    """A deployed file, signature or log is not what its manifest or its chain of hashes says, or can't be trusted."""
+
+
+class EngineMismatchError(CLDFError, RuntimeError):
+    """No engine fits: they were built for another GPU, TensorRT, operating system or precision."""

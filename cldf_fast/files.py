@@ -25,11 +25,11 @@ def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     try:
         yield temporary
         if durable:
-            _flush(temporary)
+            flush(temporary)
         os.replace(temporary, path)
         # The rename itself is lost in a power cut unless the folder is flushed too; Windows can't open folders.
         if durable and os.name == "posix":
-            _flush(path.parent)
+            flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -45,7 +45,8 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     atomic_write_bytes(path, text.encode("utf-8"))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Return once a file's content, or the names in a folder (POSIX only), would survive a power cut."""
     # Windows flushes only what is open for writing, POSIX opens folders only for reading.
     descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {
     "PIL",
     "captum",
+    "cryptography",
     "highdicom",
     "lightning_fabric",
     "lightning_utilities",

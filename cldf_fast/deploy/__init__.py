@@ -1,0 +1,1 @@
+"""Deployment: networks exported to engine directories, sealed against any change, and predictions from them."""

@@ -1,0 +1,91 @@
+"""An engine directory with random contents, and keys to sign it with."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from cldf_fast.deploy.manifest import EngineKey, operating_system, seal
+
+FP16, FP32 = "engines/0a1b2c3d_fp16_sm86.plan", "engines/0a1b2c3d_fp32_sm86.engine"
+
+
+class EngineDirectory:
+    """`path`: an engine directory that isn't sealed yet; `engines`: the keys of its engines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        for folder in ("engines", "golden"):
+            (path / folder).mkdir(parents=True)
+        golden = io.BytesIO()
+        np.savez(golden, images=np.random.rand(2, 1, 4, 4))
+        self.contents = {
+            "MODEL_CARD.md": b"# For research only\n",
+            "config.json": json.dumps({"size": 64, "noise_levels": [0.02, 0.1]}).encode(),
+            "preprocessing.json": b'{"mean": 0.5}',
+            "labels.json": b'{"0": "background", "1": "tumour"}',
+            "model.onnx": random.randbytes(random.randint(1, 9000)),
+            "half.onnx": random.randbytes(300),
+            FP16: random.randbytes(random.randint(1, 9000)),
+            FP32: random.randbytes(400),
+            "engines/parity.json": b"{}",
+            "golden/inputs.npz": golden.getvalue(),
+        }
+        for name, data in self.contents.items():
+            (path / name).write_bytes(data)
+        self.engines = {FP16: self.key("half.onnx", "fp16"), FP32: self.key("model.onnx", "fp32")}
+
+    def key(self, onnx: str, precision: str) -> EngineKey:
+        """Of an engine that is built here from an ONNX file in the directory."""
+        return EngineKey(
+            weights_sha256=hashlib.sha256(b"weights").hexdigest(),
+            onnx_sha256=hashlib.sha256(self.contents[onnx]).hexdigest(),
+            precision=precision,
+            opset=18,
+            shapes={"image": ((1, 3, 64, 64), (4, 3, 64, 64), (8, 3, 64, 64)), "label": ((1,), (4,), (8,))},
+            flavour="tensorrt",
+            version="11.4.0.1",
+            cuda="13.0",
+            compute_capability="8.6",
+            gpu_name="NVIDIA RTX A6000",
+            os=operating_system(),
+            builder_flags=("timing_cache", "level=3"),
+        )
+
+    def seal(self, signing_key: Path | None = None) -> None:
+        seal(self.path, engines=self.engines, signing_key=signing_key)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> EngineDirectory:
+    return EngineDirectory(tmp_path / "exported")
+
+
+def _write_pair(stem: Path) -> tuple[Path, Path]:
+    private = Ed25519PrivateKey.generate()
+    pem = serialization.Encoding.PEM
+    hidden = private.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    shown = private.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+    for suffix, data in ((".pem", hidden), (".pub", shown)):
+        stem.with_suffix(suffix).write_bytes(data)
+    return stem.with_suffix(".pem"), stem.with_suffix(".pub")
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Private and public key, as files."""
+    return _write_pair(tmp_path_factory.mktemp("keys") / "owner")
+
+
+@pytest.fixture(scope="session")
+def other_keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Those of somebody else."""
+    return _write_pair(tmp_path_factory.mktemp("keys") / "other")
