@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cldf_fast.data.base import Geometry, Slice, SliceDataset
+from cldf_fast.data.base import Slice, SliceDataset
+from cldf_fast.data.geometry import Geometry
 from cldf_fast.errors import DataError
 
 

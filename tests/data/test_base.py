@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cldf_fast.data.base import Geometry, SliceDataset, Study, StudyRef, check_study, labels_from_mask
+from cldf_fast.data.base import SliceDataset, Study, StudyRef, check_study, labels_from_mask
+from cldf_fast.data.geometry import Geometry
 from cldf_fast.data.intensity import normalise_study
 from cldf_fast.errors import DataError
 
