@@ -83,7 +83,7 @@ def tiny_config() -> Any:
 @pytest.fixture
 def tiny_slices() -> Callable[..., Any]:
     """tiny_slices(n): random `PackedSlices` of two channels and three classes at 16 pixels, labelled at random."""
-    from cldf_fast.data.base import Geometry
+    from cldf_fast.data.geometry import Geometry
     from cldf_fast.data.packing import PackedSlices
 
     def make(count: int = 12) -> PackedSlices:

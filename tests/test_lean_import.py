@@ -13,7 +13,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import nibabel
+import numpy as np
+import pydicom
 import pytest
+from PIL import Image
 
 import cldf_fast
 
@@ -102,13 +106,16 @@ def _closure(*distributions: str) -> set[str]:
     return found
 
 
-def _all_but_torch_and_numpy() -> list[str]:
-    """First names of the modules that are installed here and are neither torch, numpy nor required by them."""
-    core = _closure("torch", "numpy") - {"triton"}
+def _all_but(*distributions: str) -> list[str]:
+    """First names of the modules that are installed here and are neither of these distributions nor required by them.
+
+    triton, which torch requires where it is built for CUDA, counts as absent.
+    """
+    core = _closure(*distributions) - {"triton"}
     owners = metadata.packages_distributions()
     normalised = {name: {re.sub(r"[-_.]+", "-", owner).lower() for owner in homes} for name, homes in owners.items()}
-    blocked = {name for name, homes in normalised.items() if not homes & core} - {"cldf_fast"}
-    return sorted((blocked | HEAVY) - set(sys.stdlib_module_names))
+    kept = {name for name, homes in normalised.items() if homes & core} | {"cldf_fast"} | set(sys.stdlib_module_names)
+    return sorted(({*normalised, "torch"} | HEAVY) - kept)
 
 
 def test_importing_the_package_imports_nothing() -> None:
@@ -142,12 +149,54 @@ noised = cldf_fast.noised_batch(torch.zeros(2, 1, 7, 5), torch.tensor([0.9, 0.5,
 assert noised.shape == (6, 1, 7, 5) and noised.std() > 0
 print("worked")
 """
-    assert _python(_WITHOUT + work, json.dumps(_all_but_torch_and_numpy())).strip() == "worked"
+    assert _python(_WITHOUT + work, json.dumps(_all_but("torch", "numpy"))).strip() == "worked"
 
 
 def test_doctor_works_with_torch_and_numpy_alone() -> None:
     work = "from cldf_fast import doctor; print(doctor.render(doctor.collect()))"
-    assert "pixel_infonce" in _python(_WITHOUT + work, json.dumps(_all_but_torch_and_numpy()))
+    assert "pixel_infonce" in _python(_WITHOUT + work, json.dumps(_all_but("torch", "numpy")))
+
+
+@pytest.mark.parametrize("module", ["cases", "data.resizing", "data.intensity", "data.stacks"])
+def test_reading_users_files_needs_no_torch_to_import(module: str) -> None:
+    assert not _modules_after(f"import cldf_fast.{module}") & (HEAVY | {"torch"})
+
+
+def test_users_files_are_read_and_masks_written_without_torch(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 255, (9, 8, 3), dtype=np.uint8)
+    nibabel.save(nibabel.Nifti1Image(image, np.eye(4)), tmp_path / "case.nii.gz")
+    Image.fromarray(image[..., 0]).save(tmp_path / "slice.png")
+    (tmp_path / "series").mkdir()
+    for index in range(3):
+        dataset = pydicom.dcmread(pydicom.data.get_testdata_file("CT_small.dcm"))
+        dataset.ImagePositionPatient[2] += 5 * index
+        dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.{index}"
+        dataset.save_as(tmp_path / "series" / f"{index}.dcm")
+    work = """
+from importlib.util import find_spec
+from pathlib import Path
+import numpy as np
+from cldf_fast.cases import parse_labels, read_case, working_images, write_case
+
+assert find_spec("torch") is None
+names, folder = ("liver", "spleen"), Path(sys.argv[2])
+for case in ("case.nii.gz", "slice.png", "series"):
+    stack = read_case(str(folder / case), 2, replicate=True)
+    images = working_images(stack, 16)
+    assert images.shape == (len(stack.image), 2, 16, 16) and -1 <= images.min() < images.max() <= 1
+    if case == "series" and find_spec("highdicom") is None:
+        continue
+    probability = np.empty((len(images), 3, 16, 16), dtype=np.float32)
+    probability[:] = np.float32([0.2, 0.5, 0.3])[:, None, None]
+    present = np.tile(parse_labels("spleen", names), (len(images), 1))
+    files, foreground = write_case(
+        stack, probability, present, folder / "out", class_names=names, keep_probability=True
+    )
+    assert len(files) >= 2 and foreground == stack.image[:, 0].size
+print("worked")
+"""
+    absent = json.dumps(_all_but("numpy", "nibabel", "pydicom", "pillow", "highdicom"))
+    assert _python(_WITHOUT + work, absent, str(tmp_path)).strip() == "worked"
 
 
 @pytest.mark.parametrize("name", cldf_fast.__all__)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,40 +19,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cldf_fast.data.intensity import INTENSITY_RANGE, normalise_study
+from cldf_fast.data import intensity
+from cldf_fast.data.geometry import Geometry
 from cldf_fast.errors import DataError
 
 # How many decoded studies stay in memory while slices are drawn in order; a study is some tens of MB.
 _STUDIES_IN_MEMORY = 2
-
-
-@dataclass(frozen=True, eq=False)
-class Geometry:
-    """Where the pixels of a stack lie in the patient.
-
-    affine: float64 [4, 4], maps (slice, row, column, 1) indices to RAS+ millimetres.
-    physical: False for formats that carry no geometry (PNG, plain TIFF); then the affine is the identity and
-    millimetre figures are in pixels.
-    """
-
-    affine: np.ndarray = field(default_factory=lambda: np.eye(4))
-    physical: bool = False
-
-    @property
-    def spacing(self) -> tuple[float, float, float]:
-        """Distance in mm between neighbours along (slice, row, column)."""
-        steps = np.linalg.norm(np.asarray(self.affine)[:3, :3], axis=0)
-        return float(steps[0]), float(steps[1]), float(steps[2])
-
-    @property
-    def axcodes(self) -> str:
-        """Patient direction in which (slice, row, column) indices grow, e.g. "SPL" for a canonical axial stack."""
-        directions = np.asarray(self.affine)[:3, :3]
-        codes = []
-        for axis in range(3):
-            world = int(np.argmax(np.abs(directions[:, axis])))
-            codes.append(("LR", "PA", "IS")[world][int(directions[world, axis] > 0)])
-        return "".join(codes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +63,7 @@ class StudyRef:
 class Slice:
     """What networks and evaluation see.
 
-    image: float32 [C, H, W] in INTENSITY_RANGE. label: bool [K], None if unknown. mask: uint8 [H, W] or None.
+    image: float32 [C, H, W] in `intensity_range`. label: bool [K], None if unknown. mask: uint8 [H, W] or None.
     geometry: of the study's stack; `index` is this slice's place in it.
     """
 
@@ -114,7 +86,7 @@ class SliceDataset(Dataset[Slice]):
     min_area: a slice is labelled with a class where more than this fraction of its pixels are of it (0: any pixel).
     """
 
-    intensity_range = INTENSITY_RANGE
+    intensity_range = intensity.INTENSITY_RANGE
 
     def __init__(
         self,
@@ -198,6 +170,13 @@ class SliceDataset(Dataset[Slice]):
         if labels is None and study.mask is not None:
             labels = labels_from_mask(study.mask, len(self.class_names), self.min_area)
         return study, normalise_study(study.image, window=self.window, source=study.source), labels
+
+
+def normalise_study(
+    image: Tensor, *, window: tuple[float, float] | None = None, source: Path | str = "image"
+) -> Tensor:
+    """Bring a study float32 [S, C, H, W] on the CPU to INTENSITY_RANGE: see `intensity.normalise_study`."""
+    return torch.from_numpy(intensity.normalise_study(image.numpy(), window=window, source=source))
 
 
 def labels_from_mask(mask: Tensor, num_classes: int, min_area: float = 0.0) -> Tensor:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cldf_fast.data.base import Geometry, SliceDataset, Study, StudyRef
+from cldf_fast.data.base import SliceDataset, Study, StudyRef
+from cldf_fast.data.geometry import Geometry
 from cldf_fast.data.volumes import count_slices, read_channels, read_mask, read_volume
 from cldf_fast.errors import DataError
 

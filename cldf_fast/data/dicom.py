@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cldf_fast import __version__
-from cldf_fast.data.base import Geometry
+from cldf_fast.data.geometry import Geometry
 from cldf_fast.data.grid import Array, Reorientation, check_affine, to_canonical
 from cldf_fast.errors import BackendError, DataError
 from cldf_fast.files import atomic_write

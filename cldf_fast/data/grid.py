@@ -11,6 +11,8 @@ import numpy.typing as npt
 from cldf_fast.errors import DataError
 
 Array = npt.NDArray[np.generic]
+Floats = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.uint8]
 Affine = npt.NDArray[np.float64]
 
 # Cosine of the angle of axes that should be perpendicular: far above float32 rounding, far below a tilted gantry.

@@ -1,12 +1,12 @@
-"""From stored intensities to the range that networks expect."""
+"""From stored intensities to the range that networks expect, without torch: training and engines share it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from cldf_fast.data.grid import Floats
 from cldf_fast.errors import DataError
 
 INTENSITY_RANGE = (-1.0, 1.0)
@@ -25,8 +25,8 @@ _MAX_SAMPLES = 2**17
 
 
 def normalise_study(
-    image: Tensor, *, window: tuple[float, float] | None = None, source: Path | str = "image"
-) -> Tensor:
+    image: Floats, *, window: tuple[float, float] | None = None, source: Path | str = "image"
+) -> Floats:
     """Bring a study to INTENSITY_RANGE.
 
     image: float32 [S, C, H, W], stored units. window: (low, high) for modalities with an absolute unit, mapped linearly
@@ -39,30 +39,48 @@ def normalise_study(
         bottom, top = window
         if not bottom < top:
             raise DataError(f"window: expected low < high, got {window}")
-        return ((image - bottom) / (top - bottom) * (high - low) + low).clamp(low, high)
-    if not torch.isfinite(image).all():
+        return np.clip((image - bottom) / (top - bottom) * (high - low) + low, low, high)
+    if not np.isfinite(image).all():
         raise DataError(f"{source}: the image holds NaN or infinite values; repair or remove this study")
-    return torch.stack([_normalise_channel(image[:, c]) for c in range(image.shape[1])], dim=1)
+    return np.stack([_normalise_channel(image[:, c]) for c in range(image.shape[1])], axis=1)
 
 
-def _normalise_channel(channel: Tensor) -> Tensor:
+def _normalise_channel(channel: Floats) -> Floats:
     low, high = INTENSITY_RANGE
-    values = _subsample(channel.flatten())
-    floor = channel.amin()
-    robust_top = torch.quantile(values, 0.999)
-    tissue = values[values > floor + _TISSUE_FLOOR * (robust_top - floor)]
-    if tissue.numel() < 2:
-        return torch.full_like(channel, low)
-    median = tissue.median()
-    deviation = (_ROBUST_DEVIATION * (tissue - median).abs().median()).clamp_min(1e-6 * (median - floor))
-    below = (channel - floor) / (median - floor) * (_MEDIAN_TO - low) + low
-    above = (channel - median) / deviation * _DEVIATION_TO + _MEDIAN_TO
-    return torch.where(channel <= median, below, above).clamp(low, high)
+    values = _subsample(channel.ravel())
+    floor = channel.min()
+    robust_top = _quantile(values, 0.999)
+    tissue = values[values > floor + np.float32(_TISSUE_FLOOR) * (robust_top - floor)]
+    if tissue.size < 2:
+        return np.full_like(channel, low)
+    median = _lower_median(tissue)
+    deviation = np.float32(_ROBUST_DEVIATION) * _lower_median(np.abs(tissue - median))
+    deviation = max(deviation, np.float32(1e-6) * (median - floor))
+    # A value far beyond the tissue's may overflow, and is clipped.
+    with np.errstate(over="ignore"):
+        below = (channel - floor) / (median - floor) * (_MEDIAN_TO - low) + low
+        above = (channel - median) / deviation * _DEVIATION_TO + _MEDIAN_TO
+    return np.clip(np.where(channel <= median, below, above), low, high)
 
 
-def _subsample(values: Tensor) -> Tensor:
-    if values.numel() <= _MAX_SAMPLES:
+def _quantile(values: Floats, share: float) -> np.float32:
+    """Between the two values around the share's rank linearly."""
+    rank = np.float32(share) * np.float32(values.size - 1)
+    below, above = int(np.floor(rank)), int(np.ceil(rank))
+    ordered = np.partition(values, (below, above))
+    start, end = float(ordered[below]), float(ordered[above])
+    return np.float32(start + (float(rank) - below) * (end - start))
+
+
+def _lower_median(values: Floats) -> np.float32:
+    """Of an even number the lower of the two in the middle: a value that occurs."""
+    middle = (values.size - 1) // 2
+    return np.float32(np.partition(values, middle)[middle])
+
+
+def _subsample(values: Floats) -> Floats:
+    if values.size <= _MAX_SAMPLES:
         return values
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randint(values.numel(), (_MAX_SAMPLES,), generator=generator)
-    return values[chosen.to(values.device)]
+    # The draws of torch.randint below 2^28 values, with which existing weights were trained; numpy has frozen them.
+    draws = np.random.RandomState(0).randint(0, 2**32, _MAX_SAMPLES, dtype=np.uint32)
+    return values[draws.astype(np.int64) % values.size]

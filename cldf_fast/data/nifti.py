@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cldf_fast.data.base import Geometry
+from cldf_fast.data.geometry import Geometry
 from cldf_fast.data.grid import Affine, Array, Reorientation, check_affine, to_canonical
 from cldf_fast.errors import DataError
 from cldf_fast.files import atomic_write

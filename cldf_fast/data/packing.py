@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cldf_fast.data.base import Geometry, Slice, SliceDataset
+from cldf_fast.data import resizing
+from cldf_fast.data.base import Slice, SliceDataset
+from cldf_fast.data.geometry import Geometry
 from cldf_fast.errors import DataError
 
 
@@ -81,14 +83,10 @@ def pack(dataset: SliceDataset, size: int) -> PackedSlices:
 
 
 def to_working_size(images: Tensor, size: int) -> Tensor:
-    """Resize [B, C, H, W] to [B, C, size, size]: an area mean when it shrinks, bilinear when it grows."""
-    if images.shape[-2:] == (size, size):
-        return images
-    return F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=True)
+    """Resize float32 [B, C, H, W] on the CPU to [B, C, size, size]: see `resizing.to_working_size`."""
+    return torch.from_numpy(resizing.to_working_size(images.numpy(), size))
 
 
 def to_native_size(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize score maps [B, K, h, w] back to a slice's own size, bilinear."""
-    if maps.shape[-2:] == size:
-        return maps
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+    """Resize score maps float32 [B, K, h, w] on the CPU to a slice's own size: see `resizing.to_native_size`."""
+    return torch.from_numpy(resizing.to_native_size(maps.numpy(), size))

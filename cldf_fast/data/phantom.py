@@ -24,7 +24,8 @@ import numpy.typing as npt
 import torch
 from scipy import ndimage
 
-from cldf_fast.data.base import Geometry, SliceDataset, Study, StudyRef
+from cldf_fast.data.base import SliceDataset, Study, StudyRef
+from cldf_fast.data.geometry import Geometry
 from cldf_fast.errors import DataError
 
 # float32 throughout; numpy's stubs widen every mix with a Python float, so the alias can't say so.

@@ -27,7 +27,7 @@ from cldf_fast.baselines.context import location_prior
 from cldf_fast.baselines.intensity import IntensityRule, head_masks, intensity_scores
 from cldf_fast.baselines.threshold import best_threshold
 from cldf_fast.config import Config
-from cldf_fast.data.base import Geometry
+from cldf_fast.data.geometry import Geometry
 from cldf_fast.data.packing import PackedSlices
 from cldf_fast.diffusion import Diffusion
 from cldf_fast.errors import ConfigError, DataError

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cldf_fast.data.base import Geometry, SliceDataset, Study, StudyRef
+from cldf_fast.data.base import SliceDataset, Study, StudyRef
+from cldf_fast.data.geometry import Geometry
 from cldf_fast.data.packing import pack, to_native_size, to_working_size
 from cldf_fast.errors import DataError
 

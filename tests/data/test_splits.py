@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cldf_fast.data.base import Geometry, SliceDataset, Study, StudyRef
+from cldf_fast.data.base import SliceDataset, Study, StudyRef
+from cldf_fast.data.geometry import Geometry
 from cldf_fast.data.splits import check_split, find_split, make_split, read_split, split_dataset, write_split
 from cldf_fast.errors import SplitError
 

@@ -23,7 +23,7 @@ from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
-from cldf_fast.data import dicom, grid, images, nifti, volumes
+from cldf_fast.data import dicom, grid, images, nifti, stacks
 from cldf_fast.data.volumes import count_slices, read_channels, read_mask, read_volume, write_mask
 from cldf_fast.errors import BackendError, DataError
 
@@ -999,7 +999,7 @@ def test_failed_write_leaves_no_file(tmp_path: Path, rng: np.random.Generator, m
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("module", [volumes, grid, nifti, dicom, images])
+@pytest.mark.parametrize("module", [stacks, grid, nifti, dicom, images])
 def test_image_libraries_are_imported_by_use_only(module: ModuleType) -> None:
     tree = ast.parse(Path(str(module.__file__)).read_text())
     imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]

@@ -1,0 +1,100 @@
+"""A user's own files on their way to a network and back, without torch: `segment` and exported engines share it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from cldf_fast.data.grid import Floats, Mask
+from cldf_fast.data.intensity import normalise_study
+from cldf_fast.data.resizing import to_native_size, to_working_size
+from cldf_fast.data.stacks import Stack, read_channels, read_stack, write_mask
+from cldf_fast.errors import ConfigError, DataError
+
+Labels = npt.NDArray[np.bool_]
+
+
+def parse_labels(text: str, class_names: Sequence[str]) -> Labels:
+    """Image-level labels bool [K] from a comma-separated list of class names, "all" or "none"."""
+    if text in ("all", "none"):
+        return np.full(len(class_names), text == "all")
+    names = [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in class_names]
+    if unknown:
+        raise ConfigError(f"labels: expected 'all', 'none' or names of {', '.join(class_names)}, got {unknown[0]!r}")
+    return np.array([name in names for name in class_names])
+
+
+def read_case(text: str, num_channels: int, *, replicate: bool = False) -> Stack:
+    """Read one input: a file or folder, or several files of one grid, separated by commas, as channels in order.
+
+    replicate: use a single channel for all channels of the network.
+    """
+    # A path may itself hold a comma (the CHAOS files do): the list reading is for what is no path.
+    paths = [text] if Path(text).exists() else text.split(",")
+    stack = read_stack(paths[0]) if len(paths) == 1 else read_channels(paths)
+    found = stack.image.shape[1]
+    if found == 1 and replicate:
+        return replace(stack, image=np.repeat(stack.image, num_channels, axis=1))
+    if found != num_channels:
+        raise DataError(
+            f"{stack.source}: expected {num_channels} channels, found {found}; give one file a channel, separated by "
+            "commas, in the run's channel order"
+        )
+    return stack
+
+
+def working_images(stack: Stack, size: int, *, window: tuple[float, float] | None = None) -> Floats:
+    """What networks see of a stack: float32 [S, C, size, size] in [-1, 1].
+
+    window: as in training, for modalities with an absolute unit.
+    """
+    return to_working_size(normalise_study(stack.image, window=window, source=stack.source), size)
+
+
+def masks_from_probability(probability: Floats, present: Labels) -> Mask:
+    """Masks uint8 [B, H, W], as `segmentation.masks_from_probability` makes them of tensors on any device.
+
+    probability: float32 [B, K + 1, H, W], background first. present: bool [B, K]; classes that are absent by the
+    image-level label are never chosen.
+    """
+    allowed = np.pad(present, ((0, 0), (1, 0)), constant_values=True)[:, :, None, None]
+    return np.where(allowed, probability, np.float32(-1)).argmax(axis=1).astype(np.uint8)
+
+
+def write_case(
+    stack: Stack,
+    probability: Floats,
+    present: Labels,
+    out: Path,
+    *,
+    class_names: Sequence[str],
+    keep_probability: bool = False,
+) -> tuple[list[Path], int]:
+    """Bring a network's result to the stack's own size and write the mask (see `stacks.write_mask`) to `out`.
+
+    probability: float32 [S, K + 1, h, w] at the working size, background first, summing to 1. present: bool [S, K].
+    keep_probability: also write the class probabilities.
+    Returns the files written and the number of foreground pixels.
+    """
+    size = stack.image.shape[2], stack.image.shape[3]
+    # Slice by slice: class probabilities of a whole stack at its own size can be larger than the stack itself.
+    masks, probabilities = [], []
+    for i in range(len(stack.image)):
+        native = to_native_size(probability[i : i + 1], size)
+        masks.append(masks_from_probability(native, present[i : i + 1]))
+        if keep_probability:
+            probabilities.append(native[:, 1:])
+    mask = np.concatenate(masks)
+    files = write_mask(
+        mask,
+        stack,
+        out,
+        class_names=class_names,
+        probability=np.concatenate(probabilities) if keep_probability else None,
+    )
+    return files, int(np.count_nonzero(mask))
