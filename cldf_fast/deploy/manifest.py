@@ -49,6 +49,7 @@ _FOLDERS = ("engines", "golden")
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}"
 _LAYOUT = re.compile(rf"{_NAME}\.onnx|engines/{_NAME}\.(plan|engine|json)|golden/{_NAME}\.(npz|json)")
 _ENGINE = re.compile(r"engines/.+\.(plan|engine)")
+_CAPABILITIES = re.compile(r"[0-9]{1,3}\.[0-9]{1,3}(\+|(,[0-9]{1,3}\.[0-9]{1,3}){0,30})")
 _MAX_JSON = 1 << 20  # bytes; a manifest of a thousand files has a fifth of it
 _MAX_SIZE = 1 << 34  # bytes of one file
 _CHUNK = 1 << 20
@@ -74,7 +75,8 @@ class EngineKey:
     precision: of the arithmetic, e.g. "fp16"; opset: of the ONNX file;
     shapes: input name to its smallest, best and largest shape;
     flavour: "tensorrt" or "tensorrt_rtx"; version: of it, e.g. "11.4.0.1"; cuda: version of its runtime;
-    compute_capability: "8.6" for that one, "8.0+" for it and all later ones (an engine built for compatibility);
+    compute_capability: "8.6" for that one, "8.0,8.6" for several in one engine, "8.0+" for it and all later ones (an
+    engine built for compatibility);
     gpu_name: of the GPU that built it; os: as `operating_system` gives it;
     builder_flags: of the builder, in any order that its caller keeps.
     """
@@ -194,17 +196,20 @@ class SealedDirectory:
             raise IntegrityError(f"{self.folder / name}: expected JSON of at most {_MAX_JSON} bytes")
         return parse_json(self.read(name), self.folder / name)
 
-    def engine(self, runtime: Runtime, *, precision: str | None = None) -> str:
-        """Name of the engine for this runtime, and of this precision if one is given.
+    def engine(self, runtime: Runtime, *, onnx: str) -> str:
+        """Name of the engine built from this ONNX file for this runtime.
 
         Of several that fit, one that was built on the same model of GPU, then the first by name. Raises
         EngineMismatchError with all fields in which the nearest engine differs.
         """
-        keys = self.manifest.engines
+        source = self._entry(onnx).sha256
+        keys = {name: key for name, key in self.manifest.engines.items() if key.onnx_sha256 == source}
         command = _export(self.folder, "tensorrt")
         if not keys:
-            raise EngineMismatchError(f"{self.folder}: holds no engine; build one on this machine with {command}")
-        differences = {name: _differences(key, runtime, precision) for name, key in keys.items()}
+            raise EngineMismatchError(
+                f"{self.folder}: holds no engine of {onnx}; build one on this machine with {command}"
+            )
+        differences = {name: _differences(key, runtime) for name, key in keys.items()}
         name = min(keys, key=lambda name: (len(differences[name]), keys[name].gpu_name != runtime.gpu_name, name))
         if differences[name]:
             raise EngineMismatchError(
@@ -383,8 +388,8 @@ _KEY: _Schema = {
     "opset": (lambda value: _is_integer(value, 1, 99), "an integer from 1 to 99"),
     "shapes": (_is_shapes, "for every input its smallest, best and largest shape"),
     "compute_capability": (
-        lambda value: isinstance(value, str) and re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,3}\+?", value) is not None,
-        "a number such as 9.0, or 8.0+",
+        lambda value: isinstance(value, str) and _CAPABILITIES.fullmatch(value) is not None,
+        "a number such as 9.0, several as in 8.0,8.6, or 8.0+",
     ),
     "builder_flags": (
         lambda value: isinstance(value, list) and len(value) <= 99 and all(map(_is_text, value)),
@@ -424,23 +429,25 @@ def _engine_key(content: dict[str, Any]) -> EngineKey:
     return EngineKey(**{**content, "shapes": shapes, "builder_flags": tuple(content["builder_flags"])})
 
 
-def _differences(key: EngineKey, runtime: Runtime, precision: str | None) -> list[str]:
-    """Each field that keeps the engine from running here, or from being what is asked for, in words."""
+def _differences(key: EngineKey, runtime: Runtime) -> list[str]:
+    """Each field that keeps the engine from running here, in words."""
     pairs = [
         ("TensorRT flavour", key.flavour, runtime.flavour),
         ("TensorRT version", key.version, runtime.version),
         ("compute capability", key.compute_capability, runtime.compute_capability),
         ("operating system", key.os, runtime.os),
-        ("precision", key.precision, precision or key.precision),
     ]
-    later = key.compute_capability.endswith("+") and _number(key.compute_capability[:-1]) <= _number(
-        runtime.compute_capability
-    )
     return [
         f"{field} {built}, not {_short(here)}"
         for field, built, here in pairs
-        if built != here and not (field == "compute capability" and later)
+        if built != here and not (field == "compute capability" and _serves(built, here))
     ]
+
+
+def _serves(capabilities: str, here: str) -> bool:
+    if capabilities.endswith("+"):
+        return _number(capabilities[:-1]) <= _number(here)
+    return here in capabilities.split(",")
 
 
 def _number(capability: str) -> tuple[int, ...]:

@@ -42,6 +42,7 @@ from cldf_fast.errors import BackendError, CLDFError, ConfigError, EngineMismatc
 
 ROOT = Path(__file__).resolve().parents[2]
 FP16, FP32 = "engines/0a1b2c3d_fp16_sm86.plan", "engines/0a1b2c3d_fp32_sm86.engine"
+HALF, FULL = "half.onnx", "model.onnx"  # what FP16 and FP32 are built from
 KINDS = ["config.json", "MODEL_CARD.md", "model.onnx", FP16, FP32, "golden/inputs.npz", "engines/parity.json"]
 
 
@@ -767,16 +768,17 @@ def test_engine_that_fits_is_found(directory: Any) -> None:
     directory.seal()
     sealed = open_sealed(directory.path)
     runtime = _runtime(directory.engines[FP16])
-    assert sealed.engine(runtime) == FP16
-    assert sealed.engine(runtime, precision="fp32") == FP32
-    assert sealed.engine(replace(runtime, gpu_name="NVIDIA A10")) == FP16
+    assert sealed.engine(runtime, onnx=HALF) == FP16
+    assert sealed.engine(runtime, onnx=FULL) == FP32
+    assert sealed.engine(replace(runtime, gpu_name="NVIDIA A10"), onnx=HALF) == FP16
 
 
 def test_engine_of_the_same_gpu_goes_first(directory: Any) -> None:
-    directory.engines[FP32] = replace(directory.engines[FP32], gpu_name="NVIDIA A10")
+    source = directory.engines[FP16].onnx_sha256
+    directory.engines[FP32] = replace(directory.engines[FP32], gpu_name="NVIDIA A10", onnx_sha256=source)
     directory.seal()
     runtime = replace(_runtime(directory.engines[FP16]), gpu_name="NVIDIA A10")
-    assert open_sealed(directory.path).engine(runtime) == FP32
+    assert open_sealed(directory.path).engine(runtime, onnx=HALF) == FP32
 
 
 @pytest.mark.parametrize(
@@ -792,19 +794,34 @@ def test_engine_for_something_else_is_refused(directory: Any, field: str, value:
     directory.seal()
     runtime = replace(_runtime(directory.engines[FP16]), **{field: value})
     with pytest.raises(EngineMismatchError, match=f"{FP16}: was built for {words}; build it again") as error:
-        open_sealed(directory.path).engine(runtime)
+        open_sealed(directory.path).engine(runtime, onnx=HALF)
     assert f"`cldf-fast export RUN --format tensorrt --out {directory.path}`" in str(error.value)
     assert _one_sentence(error)
 
 
 def test_mismatch_names_all_fields_of_the_nearest_engine(directory: Any) -> None:
-    directory.engines[FP16] = replace(directory.engines[FP16], version="10.9.0", compute_capability="7.5")
+    source = directory.engines[FP32].onnx_sha256
+    directory.engines[FP16] = replace(
+        directory.engines[FP16], version="10.9.0", compute_capability="7.5", onnx_sha256=source
+    )
     directory.seal()
     runtime = replace(_runtime(directory.engines[FP32]), compute_capability="12.0")
     with pytest.raises(EngineMismatchError, match=f"{FP32}: was built for compute capability 8.6, not '12.0';"):
-        open_sealed(directory.path).engine(runtime)
-    with pytest.raises(EngineMismatchError, match=r"compute capability 7\.5, not '12\.0';|and precision fp32, not"):
-        open_sealed(directory.path).engine(replace(runtime, version="10.9.0"), precision="fp16")
+        open_sealed(directory.path).engine(runtime, onnx=FULL)
+    directory.engines[FP32] = replace(directory.engines[FP32], flavour="tensorrt_rtx")
+    directory.seal()
+    both = f"{FP16}: was built for TensorRT version 10.9.0, not '11.0' and compute capability 7.5, not '12.0';"
+    with pytest.raises(EngineMismatchError, match=both):
+        open_sealed(directory.path).engine(replace(runtime, version="11.0"), onnx=FULL)
+
+
+def test_one_engine_for_several_gpus(directory: Any) -> None:
+    directory.engines = {name: replace(key, compute_capability="8.6,12.0") for name, key in directory.engines.items()}
+    directory.seal()
+    for here in ("8.6", "12.0"):
+        assert open_sealed(directory.path).engine(Runtime("tensorrt", "11.4.0.1", here, operating_system()), onnx=HALF)
+    with pytest.raises(EngineMismatchError, match=r"compute capability 8\.6,12\.0, not '8\.0'"):
+        open_sealed(directory.path).engine(Runtime("tensorrt", "11.4.0.1", "8.0", operating_system()), onnx=HALF)
 
 
 @pytest.mark.parametrize(("here", "fits"), [("8.0", True), ("8.6", True), ("12.0", True), ("7.5", False)])
@@ -813,10 +830,10 @@ def test_engine_for_later_gpus_too(directory: Any, here: str, fits: bool) -> Non
     directory.seal()
     runtime = Runtime("tensorrt", "11.4.0.1", here, operating_system())
     if fits:
-        assert open_sealed(directory.path).engine(runtime) == FP16
+        assert open_sealed(directory.path).engine(runtime, onnx=HALF) == FP16
     else:
         with pytest.raises(EngineMismatchError, match=r"compute capability 8\.0\+, not '7\.5'"):
-            open_sealed(directory.path).engine(runtime)
+            open_sealed(directory.path).engine(runtime, onnx=HALF)
 
 
 def test_directory_without_engines_has_none_that_fits(directory: Any) -> None:
@@ -824,8 +841,8 @@ def test_directory_without_engines_has_none_that_fits(directory: Any) -> None:
     for name in (FP16, FP32):
         (directory.path / name).unlink()
     seal(directory.path, engines={})
-    with pytest.raises(EngineMismatchError, match="holds no engine; build one"):
-        open_sealed(directory.path).engine(runtime)
+    with pytest.raises(EngineMismatchError, match=r"holds no engine of half\.onnx; build one"):
+        open_sealed(directory.path).engine(runtime, onnx=HALF)
 
 
 def test_runtime_with_a_capability_that_is_none() -> None:
