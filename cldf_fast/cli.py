@@ -38,6 +38,14 @@ class NetworkKind(str, Enum):
     classifier = "classifier"
 
 
+class ExportFormat(str, Enum):
+    """What `export` writes."""
+
+    onnx = "onnx"
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Run directory to write.")] = Path("runs/demo"),
@@ -176,6 +184,138 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    out: Annotated[Path, typer.Option(help="Engine directory to write; must not exist.")],
+    format_: Annotated[
+        ExportFormat, typer.Option("--format", help="ONNX files alone, or engines of TensorRT beside them.")
+    ] = ExportFormat.onnx,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(help="float32, float16 or bfloat16; several times for several. [float32, float16]"),
+    ] = None,
+    capability: Annotated[
+        list[str] | None,
+        typer.Option(help="Compute capability to build for, e.g. 8.6; several times for several (tensorrt-rtx)."),
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes of engines: smallest, best and largest.")] = "1,8,16",
+    data: DataFolder = None,
+    window: Annotated[
+        str | None, typer.Option(help="LOW,HIGH in stored units that the run was trained on (CT).")
+    ] = None,
+    evidence: Annotated[
+        bool, typer.Option("--evidence/--without-evidence", help="Refuse, or leave out, what gradients decide.")
+    ] = True,
+    sign: Annotated[Path | None, typer.Option(help="Ed25519 private key (PEM) to sign the manifest with.")] = None,
+) -> None:
+    """Write a sealed engine directory that `verify` and `predict` take; it passed parity with PyTorch."""
+    from cldf_fast.deploy.export import Target, export
+    from cldf_fast.deploy.tensorrt import Batches
+    from cldf_fast.run import Run
+
+    flavour = None if format_ is ExportFormat.onnx else format_.value.replace("-", "_")
+    measured = export(
+        Run(run),
+        out,
+        precisions=precision or ("float32", "float16"),
+        target=Target(flavour, tuple(capability or ()), Batches(*parse_batches(batch))),
+        data=data,
+        window=None if window is None else parse_range("--window", window),
+        evidence=evidence,
+        signing_key=sign,
+    )
+    for each in measured:
+        typer.echo(_parity_line(each))
+    typer.echo(f"{out}: check it where it is deployed, with `cldf-fast verify {out}`")
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Engine directory.")],
+    public_key: Annotated[Path | None, typer.Option(help="Ed25519 public key (PEM) that it must be signed by.")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="onnx, tensorrt or tensorrt_rtx, which then has to run; may be repeated.")
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Check an engine directory: every byte, its signature, and that graphs and engines agree with PyTorch.
+
+    Exit code 4: it does not pass.
+    """
+    import json
+
+    from cldf_fast.deploy.verification import verify
+
+    found = verify(folder, public_key=public_key, backends=tuple(backend or ()))
+    if json_output:
+        document = {
+            "passed": found.passed,
+            "signature_checked": found.signed,
+            "parity": [each.to_json() for each in found.measured],
+            "skipped": found.skipped,
+        }
+        typer.echo(json.dumps(document, indent=2))
+    else:
+        for each in found.measured:
+            typer.echo(_parity_line(each))
+        for name, reason in found.skipped.items():
+            typer.echo(f"{name}: did not run ({reason})")
+        signature = "signature checked" if found.signed else "no public key given, so that nobody vouches for it"
+        typer.echo(f"{folder}: {'passed' if found.passed else 'FAILED'}; all files as sealed, {signature}")
+    if not found.passed:
+        raise typer.Exit(4)
+
+
+@app.command()
+def predict(
+    folder: Annotated[Path, typer.Argument(help="Engine directory.")],
+    inputs: Annotated[list[str], typer.Argument(help="As `segment` takes them.")],
+    out: Annotated[Path, typer.Option(help="Folder for masks, summary.json and audit.jsonl.")],
+    precision: Annotated[str | None, typer.Option(help="Default: the directory's first.")] = None,
+    backend: Annotated[str, typer.Option(help="onnx, tensorrt or tensorrt_rtx.")] = "onnx",
+    public_key: Annotated[Path | None, typer.Option(help="Ed25519 public key (PEM) that it must be signed by.")] = None,
+    threads: Annotated[int, typer.Option(min=0, help="Of ONNX Runtime; 0: all cores.")] = 0,
+    labels: Annotated[
+        str | None, typer.Option(help="Image-level labels, if known: class names separated by commas, all or none.")
+    ] = None,
+    window: Annotated[str | None, typer.Option(help="LOW,HIGH in stored units; default: the directory's own.")] = None,
+    probability: Annotated[bool, typer.Option(help="Also write class probabilities.")] = False,
+    replicate: Annotated[bool, typer.Option(help="Use a single channel for all channels of the network.")] = False,
+    num_parts: Annotated[int, typer.Option(min=1, help="Processes that share the inputs.")] = 1,
+    part_id: Annotated[int, typer.Option(min=0, help="Which of them this is.")] = 0,
+    continue_: Annotated[bool, typer.Option("--continue", help="Leave out what an earlier run has done.")] = False,
+) -> None:
+    """Segment images with an engine directory, without torch. Exit code 3: some inputs were refused."""
+    from cldf_fast.deploy.prediction import Part, predict
+    from cldf_fast.deploy.predictor import Predictor
+
+    predictor = Predictor(folder, precision=precision, backend=backend, public_key=public_key, threads=threads)
+    refused = 0
+    for outcome in predict(
+        predictor,
+        inputs,
+        out,
+        part=Part(part_id, num_parts),
+        go_on=continue_,
+        labels=labels,
+        window=None if window is None else parse_range("--window", window),
+        probability=probability,
+        replicate=replicate,
+    ):
+        if outcome.status == "refused":
+            refused += 1
+            typer.echo(f"refused: {outcome.reason}", err=True)
+        else:
+            typer.echo(
+                f"{outcome.source}: {outcome.slices} slices, {outcome.slices_labelled} labelled, "
+                f"{outcome.foreground_pixels} foreground pixels -> {', '.join(outcome.files[:2])}"
+                f"{' ...' if len(outcome.files) > 2 else ''}"
+            )
+    if refused:
+        raise typer.Exit(3)
+
+
+@app.command()
 def convert(
     source: Annotated[
         Path,
@@ -276,6 +416,17 @@ def parse_range(option: str, text: str) -> tuple[float, float]:
     return low, high
 
 
+def parse_batches(text: str) -> tuple[int, int, int]:
+    """(smallest, best, largest) of "1,8,16"."""
+    from cldf_fast.errors import ConfigError
+
+    try:
+        smallest, best, largest = (int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--batch: expected SMALLEST,BEST,LARGEST, got {text!r}") from None
+    return smallest, best, largest
+
+
 def parse_label_numbers(text: str) -> dict[int, str]:
     """Meanings by number, of "0=healthy,1=tumour"."""
     from cldf_fast.errors import ConfigError
@@ -286,12 +437,25 @@ def parse_label_numbers(text: str) -> dict[int, str]:
     return {int(number): meaning.strip() for number, _, meaning in pairs}
 
 
+def _parity_line(parity: Any) -> str:
+    found = f"probabilities within {parity.probability_max:.2g}, masks' Dice {parity.dice_mean:.4f}"
+    verdict = f"FAILED: {'; '.join(parity.failures)}" if parity.failures else "agrees with PyTorch"
+    return f"{parity.backend} {parity.precision}: {found} over {parity.cases} cases; {verdict}"
+
+
 def main() -> None:
-    """Entry point: errors that this package raises on purpose become one sentence; Ctrl-C exits with 130."""
-    from cldf_fast.errors import CLDFError
+    """Entry point: errors that this package raises on purpose become one sentence; Ctrl-C exits with 130.
+
+    Exit codes: 2 for what can't be used, 4 for an engine directory that is not as sealed or does not agree with
+    PyTorch.
+    """
+    from cldf_fast.errors import CLDFError, EngineMismatchError, IntegrityError, ParityError
 
     try:
         app()
+    except (IntegrityError, EngineMismatchError, ParityError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(4)
     except CLDFError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)

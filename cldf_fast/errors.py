@@ -31,3 +31,7 @@ class IntegrityError(CLDFError, RuntimeError):
 
 class EngineMismatchError(CLDFError, RuntimeError):
     """No engine fits: they were built for another GPU, TensorRT, operating system or precision."""
+
+
+class ParityError(CLDFError, RuntimeError):
+    """An exported graph or engine does not give what the run gives in PyTorch."""

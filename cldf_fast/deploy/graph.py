@@ -44,6 +44,7 @@ class SegmentationGraph(nn.Module):
         assert isinstance(reader, UNetReader)
         self.views = _Views(cldf, average=cldf.config.segmentation.average_views, alpha_bar=cldf.features.alpha_bar)
         self.num_views, self.num_levels = self.views.count, len(cldf.features.steps)
+        self.num_classes = cldf.num_classes
         self.blocks, self.prediction = reader.blocks, reader.prediction
         self.with_condition = cldf.config.features.condition == "label"
         times = cldf.features.times

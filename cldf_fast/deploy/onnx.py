@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -28,8 +31,7 @@ def to_onnx(graph: nn.Module, example: dict[str, Tensor], outputs: list[str], *,
     PRECISIONS; inputs and outputs are float32 in any. The model has passed onnx.checker.
     """
     rows = torch.export.Dim("batch", min=1)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own deprecated calls
+    with torch.no_grad(), _silent_exporter():
         program = torch.onnx.export(
             graph.eval(),
             tuple(example.values()),
@@ -47,6 +49,22 @@ def to_onnx(graph: nn.Module, example: dict[str, Tensor], outputs: list[str], *,
         _halve(model, precision)
     onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString()
+
+
+@contextmanager
+def _silent_exporter() -> Iterator[None]:
+    """No word of deprecated calls of its own, of torchvision that is absent, of constants that are not folded."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def _forget_the_source(model: Any) -> None:

@@ -7,11 +7,15 @@ for RTX also builds on a machine without a GPU, for several compute capabilities
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from cldf_fast.deploy.cuda import Buffer, Cuda
+from cldf_fast.deploy.manifest import Runtime, SealedDirectory, operating_system
+from cldf_fast.deploy.runtime import Array
 from cldf_fast.errors import BackendError, ConfigError
 
 FLAVOURS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
@@ -29,8 +33,7 @@ class Batches:
     def __post_init__(self) -> None:
         if not 1 <= self.smallest <= self.best <= self.largest:
             raise ConfigError(
-                f"batches: expected 1 <= smallest <= best <= largest, "
-                f"got {self.smallest}, {self.best}, {self.largest}"
+                f"batches: expected 1 <= smallest <= best <= largest, got {self.smallest}, {self.best}, {self.largest}"
             )
 
 
@@ -118,8 +121,98 @@ def build(
         config.set_timing_cache(cache, ignore_mismatch=False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise BackendError(f"{flavour} {trt.__version__}: can't build the engine ({logger.last or 'it does not say why'})")
+        raise BackendError(
+            f"{flavour} {trt.__version__}: can't build the engine ({logger.last or 'it does not say why'})"
+        )
     return Engine(bytes(plan), shapes, ("TF32 off",), b"" if cache is None else bytes(cache.serialize()))
+
+
+class TensorRTSession:
+    """An engine on a GPU: a `deploy.runtime.Session` with one execution context, for one call at a time.
+
+    plan: an engine whose bytes have been checked. shapes: as in `Engine`. cuda_graph: capture the work of each batch
+    size at its second call, and replay it.
+    """
+
+    def __init__(
+        self,
+        plan: bytes,
+        shapes: Mapping[str, Sequence[tuple[int, ...]]],
+        cuda: Cuda,
+        trt: Any,
+        *,
+        cuda_graph: bool = True,
+    ) -> None:
+        self.backend = trt.__name__
+        self.smallest, self.max_batch = (next(iter(shapes.values()))[i][0] for i in (0, 2))
+        self._cuda, self._cuda_graph, self._lock = cuda, cuda_graph, threading.Lock()
+        logger = _Log.of(trt)
+        self._runtime = trt.Runtime(logger)
+        self._runtime.engine_host_code_allowed = False
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise BackendError(f"{self.backend} {trt.__version__}: can't load the engine ({logger.last})")
+        self._context = self._engine.create_execution_context()
+        self._inputs, self._outputs = {}, {}
+        for i in range(self._engine.num_io_tensors):
+            name = self._engine.get_tensor_name(i)
+            shape = (self.max_batch, *tuple(self._engine.get_tensor_shape(name))[1:])
+            buffer = Buffer(cuda, shape, trt.nptype(self._engine.get_tensor_dtype(name)))
+            is_input = self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
+            (self._inputs if is_input else self._outputs)[name] = buffer
+            self._context.set_tensor_address(name, buffer.address)
+        self._seen: set[int] = set()
+        self._graphs: dict[int, Callable[[], None]] = {}
+
+    @classmethod
+    def of(cls, sealed: SealedDirectory, onnx: str, *, flavour: str) -> TensorRTSession:
+        """The engine of a directory that was built from an ONNX file for this machine.
+
+        Raises EngineMismatchError where there is none, naming what differs.
+        """
+        trt, cuda = library(flavour), Cuda()
+        runtime = Runtime(flavour, trt.__version__, cuda.capability, operating_system(), cuda.name)
+        name = sealed.engine(runtime, onnx=onnx)
+        return cls(sealed.read(name), sealed.manifest.engines[name].shapes, cuda, trt)
+
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """See `deploy.runtime.Session`. Fewer rows than the engine's smallest batch are filled up."""
+        given = len(next(iter(inputs.values())))
+        rows = max(given, self.smallest)
+        with self._lock:
+            self._cuda.use()
+            for name, buffer in self._inputs.items():
+                buffer.host[:given] = inputs[name]
+                buffer.host[given:rows] = inputs[name][-1]
+                if not self._context.set_input_shape(name, (rows, *buffer.host.shape[1:])):
+                    raise BackendError(f"{self.backend}: the engine refuses {rows} rows of {name}")
+            self._execute(rows)
+            self._cuda.synchronise()
+            return {name: buffer.host[:given].copy() for name, buffer in self._outputs.items()}
+
+    def _execute(self, rows: int) -> None:
+        if rows in self._graphs:
+            self._graphs[rows]()
+        elif self._cuda_graph and rows in self._seen:
+            # The first call of a size may compile or allocate, which can't be recorded.
+            self._graphs[rows] = self._cuda.capture(lambda: self._enqueue(rows))
+            self._graphs[rows]()
+        else:
+            self._enqueue(rows)
+            self._seen.add(rows)
+
+    def _enqueue(self, rows: int) -> None:
+        for buffer in self._inputs.values():
+            buffer.upload(rows)
+        if not self._context.execute_async_v3(self._cuda.stream):
+            raise BackendError(f"{self.backend}: the engine can't be executed")
+        for buffer in self._outputs.values():
+            buffer.download(rows)
+
+    def close(self) -> None:
+        """Give the memory of inputs and outputs back."""
+        for buffer in (*self._inputs.values(), *self._outputs.values()):
+            buffer.free()
 
 
 class _Log:

@@ -201,8 +201,8 @@ def sample_anchors(
 
     A pixel's random word r is word pixel % 4 of block pixel // 4. Without weights the time is r itself. With weights it
     is float32(E) / float32(weight) where E = -log1p(-(r + 1/2) / 2^32) in float64; the bits of a float32 that is not
-    negative sort as it does. In both cases the pixel's index breaks ties: what is ranked is (32 bits of time, 31 bits of
-    pixel) in one int64.
+    negative sort as it does. In both cases the pixel's index breaks ties: what is ranked is (32 bits of time, 31 bits
+    of pixel) in one int64.
     """
     batch, height, width = labels.shape
     pixels = height * width

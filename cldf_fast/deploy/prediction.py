@@ -1,0 +1,164 @@
+"""What `cldf-fast predict` does: many studies through a predictor, read, segmented and written side by side. No torch.
+
+OUT/<masks>            in each study's own format and geometry
+OUT/summary.json       a record a study; of several parts, summary-<part>.json each
+OUT/audit.jsonl        one entry a study: see `deploy.audit`
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cldf_fast import __version__
+from cldf_fast.data.stacks import Stack
+from cldf_fast.deploy.audit import AuditLog, pseudonym, pseudonym_key
+from cldf_fast.deploy.predictor import PredictedCase, Predictor
+from cldf_fast.errors import CLDFError, ConfigError
+from cldf_fast.files import atomic_write_text
+
+AUDIT_FIELDS = (
+    "source", "pixels_sha256", "status", "reason", "manifest_sha256", "signed", "backend", "precision", "version",
+    "seconds", "outputs_sha256", "foreground_pixels",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part `number` (from 0) of `total`, by which several processes share a list of studies."""
+
+    number: int = 0
+    total: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.number < self.total:
+            raise ConfigError(f"part: expected a number from 0 to {self.total - 1}, got {self.number}")
+
+
+@dataclass
+class Outcome:
+    """What became of one study. status: "done", "refused" or "skipped" (done by an earlier run). seconds: all of it."""
+
+    source: str
+    status: str
+    reason: str = ""
+    files: list[str] = field(default_factory=list)
+    slices: int = 0
+    slices_labelled: int = 0
+    foreground_pixels: int = 0
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+def predict(
+    predictor: Predictor,
+    sources: Sequence[str],
+    out: Path,
+    *,
+    part: Part | None = None,
+    go_on: bool = False,
+    labels: str | None = None,
+    window: tuple[float, float] | None = None,
+    probability: bool = False,
+    replicate: bool = False,
+) -> Iterator[Outcome]:
+    """Segment studies and write their masks to the folder `out`; yields what became of each, in order.
+
+    While one study is segmented the next is read: two are in memory, never more. A study that can't be used is
+    refused, and nothing of it is written. go_on: leave out what the summary of an earlier run lists as done, and whose
+    files are there. Other arguments as in `Predictor.predict`.
+    Raises IntegrityError, BackendError, EngineMismatchError or ConfigError, before any study, where the predictor or an
+    argument can't be used.
+    """
+    part = part or Part()
+    predictor.load()
+    out.mkdir(parents=True, exist_ok=True)
+    summary = out / ("summary.json" if part.total == 1 else f"summary-{part.number}.json")
+    mine = list(sources)[part.number :: part.total]
+    done = _done(summary, out) if go_on else {}
+    audit = AuditLog(out / "audit.jsonl", fields=AUDIT_FIELDS)
+    key = pseudonym_key(out / "audit.jsonl")
+    outcomes: list[Outcome] = []
+
+    def read(source: str) -> Stack | CLDFError | None:
+        if source in done:
+            return None
+        try:
+            return predictor.read(source, replicate=replicate)
+        except CLDFError as error:
+            return error
+
+    with ThreadPoolExecutor(1) as reader:
+        following = reader.submit(read, mine[0]) if mine else None
+        for number, source in enumerate(mine):
+            assert following is not None
+            started = time.perf_counter()
+            stack = following.result()
+            following = reader.submit(read, mine[number + 1]) if number + 1 < len(mine) else None
+            if stack is None:
+                outcome = done[source]
+            else:
+                outcome = Outcome(source, "refused")
+                entry: dict[str, Any] = {"source": pseudonym(source, key)}
+                try:
+                    if isinstance(stack, CLDFError):
+                        raise stack
+                    entry["pixels_sha256"] = hashlib.sha256(stack.image.tobytes()).hexdigest()
+                    case = predictor.predict(stack, out, labels=labels, window=window, probability=probability)
+                    outcome = _outcome(source, case, out)
+                    entry["outputs_sha256"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in case.files]
+                except CLDFError as error:
+                    # The sentence names files, and so perhaps the patient: it stays out of the log.
+                    outcome.reason, entry["reason"] = str(error), type(error).__name__
+                outcome.seconds = round(time.perf_counter() - started, 3)
+                audit.append(**entry, **_provenance(predictor, outcome))
+            outcomes.append(outcome)
+            content = {"version": __version__, "cases": [each.to_json() for each in outcomes]}
+            atomic_write_text(summary, json.dumps(content, indent=2) + "\n")
+            yield outcome
+
+
+def _outcome(source: str, case: PredictedCase, out: Path) -> Outcome:
+    return Outcome(
+        source,
+        "done",
+        files=[str(file.relative_to(out)) for file in case.files],
+        slices=len(case.present),
+        slices_labelled=int(case.present.any(axis=1).sum()),
+        foreground_pixels=case.foreground_pixels,
+    )
+
+
+def _provenance(predictor: Predictor, outcome: Outcome) -> dict[str, Any]:
+    settings = predictor.load()
+    return {
+        "status": outcome.status,
+        "manifest_sha256": predictor.sealed.manifest.sha256,
+        "signed": predictor.sealed.verified,
+        "backend": predictor.backend,
+        "precision": predictor.precision or settings.precisions[0],
+        "version": __version__,
+        "seconds": outcome.seconds,
+        "foreground_pixels": outcome.foreground_pixels,
+    }
+
+
+def _done(summary: Path, out: Path) -> dict[str, Outcome]:
+    """Of an earlier run, by source: what was done and is still there. A summary that can't be read lists nothing."""
+    try:
+        recorded = [Outcome(**case) for case in json.loads(summary.read_text(encoding="utf-8"))["cases"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {
+        each.source: each
+        for each in recorded
+        if each.status == "done" and all((out / file).is_file() for file in each.files)
+    }

@@ -1,0 +1,266 @@
+"""Segmentation from an engine directory: what `cldf-fast predict` does, in process. No torch.
+
+    with Predictor("engine") as predictor:
+        result = predictor.segment(images)          # arrays at the working size
+        case = predictor.predict("scan.nii.gz", "masks")
+
+A predictor can be pickled before it is loaded, so that Ray, Dask or a pool of processes can send it to workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cldf_fast import cases
+from cldf_fast.data.grid import Floats, Mask
+from cldf_fast.data.stacks import Stack
+from cldf_fast.deploy.manifest import SealedDirectory, open_sealed
+from cldf_fast.deploy.noise import pixel_seed, standard_normal
+from cldf_fast.deploy.runtime import OnnxSession, Session, in_batches
+from cldf_fast.errors import ConfigError, DataError, IntegrityError
+
+PRECISIONS = ("float32", "float16", "bfloat16")
+GRAPHS = ("segmentation", "labels")
+RESEARCH_USE = "Research use only; not to be used for diagnostic purposes."
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an engine directory's JSON files say.
+
+    size: working size S. views, levels: of the noise that each graph wants, by name. mirror: whether the second view is
+    mirrored. window: of the intensities that it was trained on, or none. precisions: of the graphs that are there.
+    """
+
+    size: int
+    class_names: tuple[str, ...]
+    channel_names: tuple[str, ...]
+    label_threshold: tuple[float, ...]
+    window: tuple[float, float] | None
+    mirror: bool
+    views: dict[str, int]
+    levels: dict[str, int]
+    precisions: tuple[str, ...]
+
+    @classmethod
+    def of(cls, sealed: SealedDirectory) -> Settings:
+        """Raises IntegrityError where a file lacks what `deploy.export` writes."""
+        config, preprocessing, labels = (
+            sealed.read_json(f"{name}.json") for name in ("config", "preprocessing", "labels")
+        )
+        try:
+            window = preprocessing["window"]
+            return cls(
+                size=int(preprocessing["size"]),
+                class_names=tuple(labels["class_names"]),
+                channel_names=tuple(preprocessing["channel_names"]),
+                label_threshold=tuple(map(float, labels["label_threshold"])),
+                window=None if window is None else (float(window[0]), float(window[1])),
+                mirror=bool(config["mirror"]),
+                views={name: int(config["graphs"][name]["views"]) for name in GRAPHS},
+                levels={name: int(config["graphs"][name]["levels"]) for name in GRAPHS},
+                precisions=tuple(config["precisions"]),
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise IntegrityError(
+                f"{sealed.folder}: config.json, preprocessing.json and labels.json are not what `cldf-fast export` "
+                f"writes ({type(error).__name__}: {error}); export again"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of N images at the working size. probability: float32 [N, K + 1, S, S], background first, summing to 1, before
+    absent classes are ruled out. mask: uint8 [N, S, S]. present: bool [N, K]. label_probability: float32 [N, K]."""
+
+    probability: Floats
+    mask: Mask
+    present: cases.Labels
+    label_probability: Floats
+
+
+@dataclass(frozen=True)
+class PredictedCase:
+    """What was written for one input. present, label_probability: as in `Result`, for its slices."""
+
+    source: Path
+    files: list[Path]
+    present: cases.Labels
+    label_probability: Floats
+    foreground_pixels: int
+
+
+class Predictor:
+    """An engine directory, loaded at first use.
+
+    folder: an engine directory. precision: of the graphs, by default the directory's first. backend: "onnx" (ONNX
+    Runtime on the CPU), "tensorrt" or "tensorrt_rtx". public_key: of whom it has to be signed by. threads: of ONNX
+    Runtime, 0 for as many as there are cores. max_batch: images in one call.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        precision: str | None = None,
+        backend: str = "onnx",
+        public_key: Path | None = None,
+        threads: int = 0,
+        max_batch: int = 16,
+    ) -> None:
+        if backend not in ("onnx", "tensorrt", "tensorrt_rtx"):
+            raise ConfigError(f"backend: expected onnx, tensorrt or tensorrt_rtx, got {backend!r}")
+        self.folder = Path(folder)
+        self.precision = precision
+        self.backend = backend
+        self.public_key = public_key
+        self.threads = threads
+        self.max_batch = max_batch
+        self._loaded: tuple[SealedDirectory, Settings, dict[str, Session]] | None = None
+
+    def __enter__(self) -> Predictor:
+        self.load()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loaded = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_loaded": None}
+
+    def load(self) -> Settings:
+        """Check the directory and load its graphs; does nothing the second time.
+
+        Raises IntegrityError for a directory that is not as its manifest says, EngineMismatchError for an engine of
+        another GPU, system or TensorRT, BackendError where the runtime is absent.
+        """
+        return self._load()[1]
+
+    @property
+    def sealed(self) -> SealedDirectory:
+        """The directory, checked."""
+        return self._load()[0]
+
+    def _load(self) -> tuple[SealedDirectory, Settings, dict[str, Session]]:
+        if self._loaded is None:
+            sealed = open_sealed(self.folder, public_key=self.public_key)
+            settings = Settings.of(sealed)
+            precision = self.precision or settings.precisions[0]
+            if precision not in settings.precisions:
+                raise ConfigError(
+                    f"precision: expected one of {', '.join(settings.precisions)}, which {self.folder} holds, "
+                    f"got {precision!r}"
+                )
+            self._loaded = (
+                sealed,
+                settings,
+                {name: self._session(sealed, f"{name}.{precision}.onnx") for name in GRAPHS},
+            )
+        return self._loaded
+
+    def _session(self, sealed: SealedDirectory, onnx: str) -> Session:
+        if self.backend == "onnx":
+            return OnnxSession(sealed.read(onnx), threads=self.threads, max_batch=self.max_batch)
+        from cldf_fast.deploy.tensorrt import TensorRTSession
+
+        return TensorRTSession.of(sealed, onnx, flavour=self.backend)
+
+    def segment(self, images: Floats, labels: cases.Labels | None = None, *, everywhere: bool = True) -> Result:
+        """Segment images float32 [N, C, S, S] in [-1, 1] at the working size.
+
+        labels: bool [N, K], given image-level labels; None: the exported classifier's. everywhere: False leaves images
+        that show no class to be all background, which their masks are anyway. An image's result depends neither on the
+        batch nor on the order.
+        Raises DataError for another shape or dtype, and where a result is not finite.
+        """
+        _, settings, sessions = self._load()
+        shape = (len(settings.channel_names), settings.size, settings.size)
+        if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != shape or not len(images):
+            raise DataError(f"images: expected float32 [N, {', '.join(map(str, shape))}], got {_described(images)}")
+        classes = len(settings.class_names)
+        if labels is not None and (labels.dtype != np.bool_ or labels.shape != (len(images), classes)):
+            raise DataError(f"labels: expected bool {[len(images), classes]}, got {_described(labels)}")
+        seen = in_batches(sessions["labels"], {"image": images, "noise": self._noise("labels", images)})
+        label_probability = seen["label_probability"]
+        _check_finite("label probabilities", label_probability)
+        present = label_probability >= np.array(settings.label_threshold, np.float32) if labels is None else labels
+        rows = np.flatnonzero(present.any(axis=1) | everywhere)
+        probability = np.zeros((len(images), classes + 1, *shape[1:]), dtype=np.float32)
+        probability[:, 0] = 1
+        mask = np.zeros((len(images), *shape[1:]), dtype=np.uint8)
+        if len(rows):
+            chosen = images[rows]
+            noise = self._noise("segmentation", chosen)
+            inputs = {"image": chosen, "noise": noise, "present": present[rows].astype(np.float32)}
+            found = in_batches(sessions["segmentation"], inputs)
+            probability[rows], mask[rows] = found["probability"], found["mask"]
+        _check_finite("probabilities", probability)
+        return Result(probability, mask, present, label_probability)
+
+    def _noise(self, graph: str, images: Floats) -> Floats:
+        """Noise [N, V, T, C, S, S] of a graph, seeded by the pixels of each view."""
+        _, settings, _ = self._load()
+        views = [images, second_view(images, mirror=settings.mirror)][: settings.views[graph]]
+        levels = settings.levels[graph]
+        return np.stack([standard_normal(pixel_seed(view), levels, view.shape[1:]) for view in views], axis=1)
+
+    def read(self, text: str, *, replicate: bool = False) -> Stack:
+        """One input, as `cases.read_case` reads it, with the channels that the networks want."""
+        return cases.read_case(text, len(self.load().channel_names), replicate=replicate)
+
+    def predict(
+        self,
+        source: str | Stack,
+        out: str | Path,
+        *,
+        labels: Sequence[str] | str | None = None,
+        window: tuple[float, float] | None = None,
+        probability: bool = False,
+    ) -> PredictedCase:
+        """Segment one study and write its mask to the folder `out`, in the study's own format and geometry.
+
+        source: a path (see `cases.read_case`) or what `read` returned. labels: names of the classes that are present in
+        every slice, "all" or "none"; None: predicted slice by slice. window: (low, high) in stored units, in place of
+        the directory's own. probability: also write the class probabilities.
+        Raises DataError for an input that can't be used; nothing is written then.
+        """
+        settings = self.load()
+        stack = self.read(source) if isinstance(source, str) else source
+        images = cases.working_images(stack, settings.size, window=window or settings.window)
+        given = None
+        if labels is not None:
+            text = labels if isinstance(labels, str) else ",".join(labels)
+            given = np.repeat(cases.parse_labels(text, settings.class_names)[None], len(images), axis=0)
+        result = self.segment(images, given, everywhere=probability)
+        files, foreground = cases.write_case(
+            stack,
+            result.probability,
+            result.present,
+            Path(out),
+            class_names=settings.class_names,
+            keep_probability=probability,
+        )
+        return PredictedCase(stack.source, files, result.present, result.label_probability, foreground)
+
+
+def second_view(images: Floats, *, mirror: bool) -> Floats:
+    """`segmentation.second_view` of arrays [..., H, W]."""
+    return np.roll(images[..., ::-1] if mirror else images, (1, 1), axis=(-2, -1))
+
+
+def _check_finite(what: str, values: Floats) -> None:
+    finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    if not finite.all():
+        raise DataError(
+            f"images: expected finite {what}, got NaN or infinity for image {int(finite.argmin())}; its pixels are not "
+            f"finite, or half precision overflows"
+        )
+
+
+def _described(values: Any) -> str:
+    return f"{values.dtype} {list(values.shape)}"
