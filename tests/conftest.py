@@ -42,7 +42,7 @@ def seed(request: pytest.FixtureRequest) -> int:
     return value
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def randomised() -> Callable[[nn.Module], nn.Module]:
     """Gives every weight a random value: as initialised, residual branches and outputs are zero and hide all else."""
 
@@ -59,7 +59,7 @@ def randomised() -> Callable[[nn.Module], nn.Module]:
     return randomise
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_config() -> Any:
     """A `Config` whose networks take milliseconds: 16 pixels, a few channels, a few steps."""
     from cldf_fast.config import make_config
@@ -105,7 +105,7 @@ def tiny_slices() -> Callable[..., Any]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_tiny_cldf(randomised: Callable[[nn.Module], nn.Module]) -> Callable[[Any], Any]:
     """A complete `CLDF` of a configuration for two channels and three classes, with random weights."""
     from cldf_fast.models.decoder import PixelDecoder

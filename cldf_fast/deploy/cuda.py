@@ -90,7 +90,7 @@ class Buffer:
         self.address = device.value or 0
         self._host = host
         raw = (ctypes.c_byte * self._bytes).from_address(host.value or 0)
-        self.host: NDArray = np.frombuffer(raw, dtype=dtype, count=int(np.prod(shape))).reshape(shape)
+        self.host: NDArray = np.ndarray(shape, dtype, memoryview(raw))
         self._row = self.host.nbytes // shape[0]
 
     def upload(self, rows: int) -> None:

@@ -26,11 +26,11 @@ from cldf_fast.data.packing import pack
 from cldf_fast.deploy import parity
 from cldf_fast.deploy.graph import LabelGraph, SegmentationGraph
 from cldf_fast.deploy.manifest import EngineKey, operating_system, seal
-from cldf_fast.deploy.model_card import model_card
+from cldf_fast.deploy.model_card import Told, model_card
 from cldf_fast.deploy.noise import pixel_seed, standard_normal
 from cldf_fast.deploy.onnx import OPSET, PRECISIONS, to_onnx
 from cldf_fast.deploy.predictor import RESEARCH_USE, Predictor
-from cldf_fast.deploy.tensorrt import Batches, build, capabilities, library
+from cldf_fast.deploy.tensorrt import Batches, build, capabilities, check_capabilities, library
 from cldf_fast.errors import BackendError, ConfigError, ParityError
 from cldf_fast.files import atomic_write_bytes, atomic_write_text
 from cldf_fast.pipeline import CLDF
@@ -83,8 +83,7 @@ def export(
     if out.exists():
         raise ConfigError(f"out: expected a folder that does not exist, got {out}, which does")
     target = target or Target()
-    if target.flavour is not None:
-        library(target.flavour)  # absent: said before anything is computed
+    _check(target)
     cldf, record = run.load(), run.record()
     if not evidence:
         config = cldf.config
@@ -104,11 +103,12 @@ def export(
         onnx = _write_onnx(partial, graphs, images[:2], precisions)
         weights = _weights_digest(run)
         engines = _write_engines(partial, onnx, weights, target)
-        card = {"run": run, "record": record, "config": cldf.config, "weights_sha256": weights, "engines": engines}
-        atomic_write_text(partial / "MODEL_CARD.md", model_card(**card, measured=[]))
+        card = partial / "MODEL_CARD.md"
+        told = Told(run, record, cldf.config, weights, engines)
+        atomic_write_text(card, model_card(told, []))
         seal(partial, engines=engines)
         measured = _check_parity(partial, precisions)
-        atomic_write_text(partial / "MODEL_CARD.md", model_card(**card, measured=measured))
+        atomic_write_text(card, model_card(told, measured))
         seal(partial, engines=engines, signing_key=signing_key)
         os.replace(partial, out)
     finally:
@@ -210,11 +210,19 @@ def _write_onnx(folder: Path, graphs: Graphs, example: Tensor, precisions: Seque
         if isinstance(graph, SegmentationGraph):
             inputs["present"] = torch.ones(len(example), graph.num_classes)
             outputs = ["probability", "mask"]
-        for precision in precisions:
-            file = f"{name}.{precision}.onnx"
-            files[file] = to_onnx(graph, inputs, outputs, precision=precision)
-            atomic_write_bytes(folder / file, files[file])
+        for precision, model in to_onnx(graph, inputs, outputs, precisions).items():
+            files[f"{name}.{precision}.onnx"] = model
+            atomic_write_bytes(folder / f"{name}.{precision}.onnx", model)
     return files
+
+
+def _check(target: Target) -> None:
+    """Say what can't be built before anything is computed."""
+    if target.flavour is None:
+        return
+    served = check_capabilities(target.flavour, target.compute_capabilities)
+    if not served and not torch.cuda.is_available():
+        raise BackendError(f"{target.flavour}: builds for the GPU of this machine, and there is none")
 
 
 def _write_engines(folder: Path, onnx: dict[str, bytes], weights: str, target: Target) -> dict[str, EngineKey]:
@@ -224,8 +232,6 @@ def _write_engines(folder: Path, onnx: dict[str, bytes], weights: str, target: T
     module = library(target.flavour)
     gpu = torch.cuda.is_available()
     wanted = target.compute_capabilities or tuple(capabilities(target.flavour))
-    if not wanted and not gpu:
-        raise BackendError(f"{target.flavour}: builds for the GPU of this machine, and there is none")
     here = ".".join(map(str, torch.cuda.get_device_capability())) if gpu else ""
     engines = {}
     for file, model in onnx.items():

@@ -6,6 +6,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cldf_fast import __version__
@@ -18,16 +19,20 @@ from cldf_fast.run import DatasetRecord, Run
 _MISSING = "not known: `cldf-fast evaluate` was not run before the export"
 
 
-def model_card(
-    *,
-    run: Run,
-    record: DatasetRecord,
-    config: Config,
-    weights_sha256: str,
-    engines: Mapping[str, EngineKey],
-    measured: Sequence[Parity],
-) -> str:
+@dataclass(frozen=True)
+class Told:
+    """What the card is about: the run, its configuration as exported, and the engines by path."""
+
+    run: Run
+    record: DatasetRecord
+    config: Config
+    weights_sha256: str
+    engines: Mapping[str, EngineKey]
+
+
+def model_card(told: Told, measured: Sequence[Parity]) -> str:
     """Markdown. No path, name of a file or patient is in it."""
+    run, record, config = told.run, told.record, told.config
     parts = _patients(run)
     size = config.data.size
     lines = [
@@ -68,11 +73,11 @@ def model_card(
         "",
         "## What it is made of",
         "",
-        f"Weights: SHA-256 {weights_sha256}. Seed {config.seed}.",
+        f"Weights: SHA-256 {told.weights_sha256}. Seed {config.seed}.",
         "",
         *(
             f"- `{name}`: {key.flavour} {key.version}, {key.precision}, compute capability {key.compute_capability}"
-            for name, key in engines.items()
+            for name, key in told.engines.items()
         ),
     ]
     return "\n".join(lines).rstrip() + "\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,11 +24,13 @@ _HALVED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _ONNX_TYPES = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 
 
-def to_onnx(graph: nn.Module, example: dict[str, Tensor], outputs: list[str], *, precision: str = "float32") -> bytes:
-    """The serialised ONNX model of a graph: its first axis is dynamic, all others are those of the example.
+def to_onnx(
+    graph: nn.Module, example: dict[str, Tensor], outputs: list[str], precisions: Sequence[str] = ("float32",)
+) -> dict[str, bytes]:
+    """Serialised ONNX models of a graph, by precision: the first axis is dynamic, all others are those of the example.
 
-    example: an input of the graph by its name, each with at least two rows. outputs: names. precision: one of
-    PRECISIONS; inputs and outputs are float32 in any. The model has passed onnx.checker.
+    example: an input of the graph by its name, each with at least two rows. outputs: names. precisions: some of
+    PRECISIONS; inputs and outputs are float32 in any. The models have passed onnx.checker.
     """
     rows = torch.export.Dim("batch", min=1)
     with torch.no_grad(), _silent_exporter():
@@ -43,12 +45,17 @@ def to_onnx(graph: nn.Module, example: dict[str, Tensor], outputs: list[str], *,
             verbose=False,
         )
     assert program is not None
-    model = program.model_proto
-    _forget_the_source(model)
-    if precision != "float32":
-        _halve(model, precision)
-    onnx.checker.check_model(model, full_check=True)
-    return model.SerializeToString()
+    full = program.model_proto
+    _forget_the_source(full)
+    models = {}
+    for precision in precisions:
+        model = onnx.ModelProto()
+        model.CopyFrom(full)
+        if precision != "float32":
+            _halve(model, precision)
+        onnx.checker.check_model(model, full_check=True)
+        models[precision] = model.SerializeToString()
+    return models
 
 
 @contextmanager

@@ -70,6 +70,18 @@ def capabilities(flavour: str) -> list[str]:
     return [f"{number[:-1]}.{number[-1]}" for number in sorted(numbers, key=int)]
 
 
+def check_capabilities(flavour: str, wanted: Sequence[str]) -> list[str]:
+    """As `capabilities`. Raises BackendError for one that is wanted and not served."""
+    served = capabilities(flavour)
+    for number in wanted:
+        if number not in served:
+            raise BackendError(
+                f"compute_capabilities: expected what {flavour} {library(flavour).__version__} serves "
+                f"({', '.join(served) or 'only the GPU of the machine that builds'}), got {number}"
+            )
+    return served
+
+
 def build(
     onnx: bytes,
     *,
@@ -87,11 +99,7 @@ def build(
     """
     batches = batches or Batches()
     trt = library(flavour)
-    unserved = [wanted for wanted in compute_capabilities if wanted not in capabilities(flavour)]
-    if unserved:
-        served = ", ".join(capabilities(flavour)) or "only the GPU of the machine that builds"
-        raise BackendError(f"compute_capabilities: expected what {flavour} {trt.__version__} serves ({served}), got "
-                           f"{unserved[0]}")  # fmt: skip
+    check_capabilities(flavour, compute_capabilities)
     logger = _Log.of(trt)
     builder = trt.Builder(logger)
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # the only kind from version 11 on
@@ -153,7 +161,8 @@ class TensorRTSession:
         if self._engine is None:
             raise BackendError(f"{self.backend} {trt.__version__}: can't load the engine ({logger.last})")
         self._context = self._engine.create_execution_context()
-        self._inputs, self._outputs = {}, {}
+        self._inputs: dict[str, Buffer] = {}
+        self._outputs: dict[str, Buffer] = {}
         for i in range(self._engine.num_io_tensors):
             name = self._engine.get_tensor_name(i)
             shape = (self.max_batch, *tuple(self._engine.get_tensor_shape(name))[1:])
@@ -222,7 +231,7 @@ class _Log:
     def of(trt: ModuleType) -> Any:
         """A logger, whose base class is the library's own."""
 
-        class Logger(trt.ILogger):
+        class Logger(trt.ILogger):  # type: ignore[name-defined]
             last = ""
 
             def log(self, severity: Any, message: str) -> None:
