@@ -1,0 +1,143 @@
+"""An exported engine directory against the run that it came from, on the CPU.
+
+    OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_deploy.py --benchmark-json=raw.json
+    python -m benchmarks.suite keep raw.json
+
+The bundled LGG networks, without evidence in the decision. "model" goes from normalised images to probabilities and
+masks at the working size, "end2end" from a NIfTI file to the mask's file. Rivals:
+
+    onnx       cldf-fast predict: ONNX Runtime, float32
+    float16    the same, convolutions and products in float16
+    eager      cldf-fast segment: PyTorch
+    compile    the same, UNet and classifier under torch.compile (model)
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.suite import ROOT, peak_memory
+from cldf_fast.deploy.export import export
+from cldf_fast.deploy.predictor import Predictor
+from cldf_fast.inference import read_case, segment_case
+from cldf_fast.pipeline import CLDF
+from cldf_fast.run import Run
+
+OURS = "onnx"
+SMALL: dict[str, Any] = {"part": "model", "slices": 2}
+PROBLEMS: tuple[dict[str, Any], ...] = (
+    {"part": "model", "slices": 1},
+    {"part": "model", "slices": 32},
+    {"part": "end2end", "slices": 32},
+    {"part": "end2end", "slices": 500},
+)
+HEADLINES = PROBLEMS[1:]
+RIVALS = {"model": ("onnx", "float16", "eager", "compile"), "end2end": ("onnx", "float16", "eager")}
+NATIVE = 128  # pixels of a slice in the file
+
+
+@cache
+def folder() -> Path:
+    """Where this process keeps the engine directory and the files."""
+    return Path(tempfile.mkdtemp(prefix="bench-deploy-"))
+
+
+@cache
+def engine() -> Path:
+    """The engine directory, exported once for all processes that measure."""
+    exported = ROOT / "build" / "bench-deploy-engine"
+    if not exported.exists():
+        export(Run(ROOT / "benchmarks" / "weights" / "lgg"), exported, evidence=False)
+    return exported
+
+
+def networks() -> CLDF:
+    cldf = Run(ROOT / "benchmarks" / "weights" / "lgg").load()
+    segmentation = cldf.config.segmentation.model_copy(update={"evidence_weight": 0.0})
+    cldf.config = cldf.config.model_copy(update={"segmentation": segmentation})
+    return cldf
+
+
+def tissue(slices: int, size: int) -> Tensor:
+    """Smooth images [S, 3, size, size] with values of no unit."""
+    coarse = torch.rand(slices, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)
+
+
+def from_images(rival: str, slices: int) -> Callable[[], tuple[Tensor, ...]]:
+    x, present = tissue(slices, 64) * 2 - 1, torch.ones(slices, 1, dtype=torch.bool)
+    if rival in ("eager", "compile"):
+        cldf = networks()
+        if rival == "compile":
+            cldf.unet.blocks_of = torch.compile(cldf.unet.blocks_of)  # type: ignore[method-assign]
+            cldf.classifier.forward = torch.compile(cldf.classifier.forward)  # type: ignore[method-assign]
+
+        def eager() -> tuple[Tensor, ...]:
+            found = cldf.segment(x, present)
+            return found.probability, found.mask
+
+        return eager
+    predictor = Predictor(engine(), precision="float32" if rival == "onnx" else rival)
+    predictor.load()
+
+    def exported() -> tuple[Tensor, ...]:
+        found = predictor.segment(x.numpy(), present.numpy())
+        return torch.from_numpy(found.probability), torch.from_numpy(found.mask)
+
+    return exported
+
+
+def from_file(rival: str, slices: int) -> Callable[[], tuple[Tensor, ...]]:
+    paths = [folder() / f"{slices}-{channel}.nii.gz" for channel in range(3)]
+    for path, values in zip(paths, tissue(slices, NATIVE).unbind(1), strict=True):
+        stored = (1000 * values).to(torch.int16).permute(2, 1, 0).numpy()
+        nibabel.save(nibabel.Nifti1Image(stored, np.diag([1.0, 1.0, 4.0, 1.0])), path)
+    source, out = ",".join(map(str, paths)), folder() / rival
+    if rival == "eager":
+        cldf, record = networks(), Run(ROOT / "benchmarks" / "weights" / "lgg").record()
+
+        def run() -> list[Path]:
+            given = torch.ones(1, dtype=torch.bool)
+            return segment_case(cldf, record, read_case(source, 3), out, labels=given).files
+    else:
+        predictor = Predictor(engine(), precision="float32" if rival == "onnx" else rival)
+        predictor.load()
+
+        def run() -> list[Path]:
+            return predictor.predict(source, out, labels="all").files
+
+    def mask() -> tuple[Tensor, ...]:
+        (file,) = run()
+        return (torch.from_numpy(np.asarray(cast(Any, nibabel.load(file)).dataobj)),)
+
+    return mask
+
+
+def case(rival: str, part: str, slices: int) -> Callable[[], tuple[Tensor, ...]]:
+    """What is timed: probabilities and masks of images, or the mask of a file."""
+    return (from_images if part == "model" else from_file)(rival, slices)
+
+
+@pytest.mark.parametrize(
+    ("rival", "part", "slices"),
+    [(rival, *problem.values()) for problem in PROBLEMS for rival in RIVALS[str(problem["part"])]],
+)
+def test_deploy(benchmark: Any, rival: str, part: str, slices: int) -> None:
+    problem: dict[str, Any] = {"part": part, "slices": slices}
+    got = benchmark.pedantic(case(rival, **problem), warmup_rounds=1, rounds=3 if slices > 1 else 15)
+    expected = case("eager" if rival == "onnx" else "onnx", **problem)()
+    assert expected[-1].any()
+    assert (got[-1] == expected[-1]).float().mean() > (0.999 if rival != "float16" else 0.995)
+    if part == "model":
+        torch.testing.assert_close(got[0], expected[0], rtol=0, atol=2e-5 if rival != "float16" else 2e-2)
+    benchmark.extra_info["extra_bytes"] = peak_memory("deploy", rival, problem)
