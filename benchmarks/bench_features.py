@@ -20,7 +20,7 @@ rivals share weights, noise and decoder. What lies between the public procedure 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -101,17 +101,24 @@ class Setting:
 
 
 @torch.no_grad()
-def whole_unet(setting: Setting, x_t: Tensor, time: Tensor) -> list[Tensor]:
-    """Blocks kept by hooks in a pass through the whole network."""
+def hooked(
+    unet: UNet, blocks: Sequence[int], x_t: Tensor, time: Tensor, condition: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Output blocks kept by hooks in a pass through the whole network, and what it predicts."""
     kept: list[Tensor] = []
     hooks = [
-        setting.unet.output_blocks[block].register_forward_hook(lambda _module, _arguments, out: kept.append(out))
-        for block in setting.blocks
+        unet.output_blocks[block].register_forward_hook(lambda _module, _arguments, out: kept.append(out))
+        for block in blocks
     ]
-    setting.unet(x_t, time.expand(len(x_t)), setting.labels)
+    prediction = unet(x_t, time.expand(len(x_t)), condition)
     for hook in hooks:
         hook.remove()
-    return kept
+    return kept, prediction
+
+
+def whole_unet(setting: Setting, x_t: Tensor, time: Tensor) -> list[Tensor]:
+    """Blocks from a pass through the whole network."""
+    return hooked(setting.unet, setting.blocks, x_t, time, setting.labels)[0]
 
 
 @torch.no_grad()
@@ -126,10 +133,15 @@ def full_size(maps: list[Tensor], size: tuple[int, int]) -> Tensor:
     return torch.cat([F.interpolate(each, size, mode="bilinear", align_corners=False) for each in maps], dim=1)
 
 
+def concatenated(by_level: list[list[Tensor]], size: tuple[int, int]) -> Tensor:
+    """Every level's maps at full size: [B, C, H, W], in the order of channels that `DiffusionFeatures` has."""
+    return full_size([one for of_all_levels in zip(*by_level, strict=True) for one in of_all_levels], size)
+
+
 def level_after_level(setting: Setting, blocks_of: Callable[[Setting, Tensor, Tensor], list[Tensor]]) -> Tensor:
-    """Full-size features [B, C, H, W], in the order of channels that `DiffusionFeatures` has."""
+    """Full-size features [B, C, H, W] of all noise levels."""
     by_level = [blocks_of(setting, x_t, time) for x_t, time in zip(setting.noised, setting.features.times, strict=True)]
-    return full_size([level[i] for i in range(len(setting.blocks)) for level in by_level], setting.size)
+    return concatenated(by_level, setting.size)
 
 
 def mlp(decoder: PixelDecoder, features: Tensor) -> Tensor:

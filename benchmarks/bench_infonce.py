@@ -60,10 +60,15 @@ def ours(
 
 
 def eager(
-    anchors: Tensor, candidates: Tensor, anchor_labels: Tensor, candidate_labels: Tensor, own: Tensor | None
+    anchors: Tensor,
+    candidates: Tensor,
+    anchor_labels: Tensor,
+    candidate_labels: Tensor,
+    own: Tensor | None,
+    temperature: float = TEMPERATURE,
 ) -> Tensor:
     """The "supcon" loss as one writes it in PyTorch: M x N logits, masks and log-probabilities."""
-    logits = anchors @ candidates.T / TEMPERATURE
+    logits = anchors @ candidates.T / temperature
     positive = anchor_labels.unsqueeze(1) == candidate_labels.unsqueeze(0)
     if own is not None:
         itself = own.unsqueeze(1) == torch.arange(candidates.shape[0], device=own.device)

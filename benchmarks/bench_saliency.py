@@ -79,12 +79,12 @@ def images(batch: int, size: int) -> Tensor:
 # --- The public way ---------------------------------------------------------------------------------------------------
 
 
-def smoothed_and_scaled(magnitude: Maps) -> Maps:
+def smoothed_and_scaled(magnitude: Maps, sigma: float = SIGMA, percentile: float = PERCENTILE) -> Maps:
     """What `ops.gradient_saliency` does after the mean over levels, an image at a time, as scripts do."""
     maps = []
     for image in magnitude:
-        blurred = ndimage.gaussian_filter(image, SIGMA, mode="mirror", truncate=4.0)
-        upper = np.percentile(blurred, 100 * PERCENTILE, method="inverted_cdf")
+        blurred = ndimage.gaussian_filter(image, sigma, mode="mirror", truncate=4.0)
+        upper = np.percentile(blurred, 100 * percentile, method="inverted_cdf")
         maps.append(np.clip(blurred / upper, 0, 1) if upper > 0 else blurred)
     return np.stack(maps)
 
@@ -106,26 +106,50 @@ def resized(cams: Maps, size: int) -> Maps:
     return wide.squeeze(1).numpy()
 
 
-def fused(gradient_map: Maps, cam: Maps) -> NDArray[np.int8]:
-    """Pixel labels where both maps are above or both below their thresholds; every image has every class."""
-    foreground_gradient, foreground_cam, background_gradient, background_cam = THRESHOLDS
-    claimed = (gradient_map >= foreground_gradient) & (cam >= foreground_cam)
+def fused(
+    gradient_map: Maps, cam: Maps, present: NDArray[np.bool_], thresholds: tuple[float, float, float, float]
+) -> NDArray[np.int8]:
+    """Pixel labels where both maps are above or both below their thresholds. present: [B, K], image-level labels."""
+    foreground_gradient, foreground_cam, background_gradient, background_cam = thresholds
+    shown = present[:, :, None, None]
+    claimed = shown & (gradient_map >= foreground_gradient) & (cam >= foreground_cam)
     clear = (gradient_map <= background_gradient) & (cam <= background_cam)
-    labels = np.where(clear.all(axis=1), 0, -1)
+    labels = np.where((clear | ~shown).all(axis=1), 0, -1)
     winner = np.where(claimed, gradient_map * cam, -np.inf).argmax(axis=1) + 1
     return np.where(claimed.any(axis=1), winner, labels).astype(np.int8)
 
 
 def results(gradient_map: Maps, cam: Maps) -> tuple[Tensor, ...]:
-    """Maps of all classes and the labels from them, as tensors."""
-    return torch.from_numpy(gradient_map), torch.from_numpy(cam), torch.from_numpy(fused(gradient_map, cam))
+    """Maps of all classes and the labels from them, as tensors; every image has every class."""
+    labels = fused(gradient_map, cam, np.ones(cam.shape[:2], dtype=np.bool_), THRESHOLDS)
+    return torch.from_numpy(gradient_map), torch.from_numpy(cam), torch.from_numpy(labels)
 
 
-class GradCAM:
-    """As the public tools do: hooks keep activations and gradients in numpy, backward fills the parameters' .grad."""
+def mean_gradient(gradient: Maps) -> Maps:
+    """GradCAM's weights of activations, from gradients [B, C, h, w]."""
+    return np.asarray(gradient.mean(axis=(2, 3), keepdims=True))
 
-    def __init__(self, classifier: nn.Module, layer: nn.Module) -> None:
-        self.classifier = classifier
+
+def positive_gradient(gradient: Maps) -> Maps:
+    """LayerCAM's."""
+    return np.maximum(gradient, 0)
+
+
+def logit(logits: Tensor) -> Tensor:
+    """The score that the CAM tools differentiate."""
+    return logits
+
+
+class HookedCAM:
+    """As the public tools do: hooks keep activations and gradients in numpy, backward fills the parameters' .grad.
+
+    weight: of activations, from their gradients. score: what is differentiated, of logits.
+    """
+
+    def __init__(
+        self, classifier: nn.Module, layer: nn.Module, weight: Callable[[Maps], Maps], score: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.classifier, self.weight, self.score = classifier, weight, score
         self.activation = self.gradient = np.empty(0, dtype=np.float32)
         layer.register_forward_hook(self.keep)
 
@@ -139,19 +163,24 @@ class GradCAM:
     def __call__(self, x_t: Tensor, times: Tensor, target: int) -> Maps:
         logits = self.classifier(x_t.clone().requires_grad_(), times)
         self.classifier.zero_grad()
-        logits[:, target].sum().backward(retain_graph=True)
-        weight = self.gradient.mean(axis=(2, 3), keepdims=True)
-        return np.asarray(np.maximum((weight * self.activation).sum(axis=1), 0))
+        self.score(logits)[:, target].sum().backward(retain_graph=True)
+        return np.asarray(np.maximum((self.weight(self.gradient) * self.activation).sum(axis=1), 0))
 
 
 Attribute = Callable[[Tensor, Tensor, int], NDArray[np.float32]]
 """(x_t [B, C, H, W] of one level, times [B], class) -> gradients [B, C, H, W] or CAMs [B, h, w]."""
 
 
-def by_level(
-    noised: Tensor, times: Tensor, batch: int, classes: int, gradient_of: Attribute, cam_of: Attribute
-) -> tuple[Tensor, ...]:
-    """One class and one level after the other, for gradients and for CAMs, in numpy from there on."""
+def maps_by_level(
+    noised: Tensor,
+    times: Tensor,
+    batch: int,
+    classes: int,
+    gradient_of: Attribute,
+    cam_of: Attribute,
+    finish: Callable[[Maps], Maps] = smoothed_and_scaled,
+) -> tuple[Maps, Maps]:
+    """Maps [B, K, H, W]: a class and a level after the other, for gradients and for CAMs, in numpy from there on."""
     gradient_maps, cam_maps = [], []
     for k in range(classes):
         magnitudes, cams = [], []
@@ -159,20 +188,32 @@ def by_level(
             level_times = time_of_level.expand(batch)
             magnitudes.append(level_magnitude(gradient_of(x_t, level_times, k)))
             cams.append(scaled(cam_of(x_t, level_times, k)))
-        gradient_maps.append(smoothed_and_scaled(np.mean(magnitudes, axis=0)))
+        gradient_maps.append(finish(np.mean(magnitudes, axis=0)))
         cam_maps.append(scaled(resized(np.mean(cams, axis=0), noised.shape[-1])))
-    return results(np.stack(gradient_maps, axis=1), np.stack(cam_maps, axis=1))
+    return np.stack(gradient_maps, axis=1), np.stack(cam_maps, axis=1)
 
 
-def autograd_and_hooks(classifier: NoiseAwareClassifier) -> tuple[Attribute, Attribute]:
+def by_level(
+    noised: Tensor, times: Tensor, batch: int, classes: int, gradient_of: Attribute, cam_of: Attribute
+) -> tuple[Tensor, ...]:
+    """Maps and the labels from them."""
+    return results(*maps_by_level(noised, times, batch, classes, gradient_of, cam_of))
+
+
+def autograd_and_hooks(
+    classifier: NoiseAwareClassifier,
+    downsample: int = CAM_DOWNSAMPLE,
+    weight: Callable[[Maps], Maps] = mean_gradient,
+    score: Callable[[Tensor], Tensor] = logit,
+) -> tuple[Attribute, Attribute]:
     """Guided-diffusion's way to a gradient, the CAM tools' way to a CAM."""
 
     def gradient_of(x_t: Tensor, times: Tensor, target: int) -> NDArray[np.float32]:
         x_t = x_t.detach().requires_grad_()
-        logits = classifier(x_t, times)
-        return torch.autograd.grad(logits[:, target].sum(), x_t)[0].cpu().numpy()
+        scores = score(classifier(x_t, times))
+        return torch.autograd.grad(scores[:, target].sum(), x_t)[0].cpu().numpy()
 
-    return gradient_of, GradCAM(classifier, classifier.block_at(CAM_DOWNSAMPLE))
+    return gradient_of, HookedCAM(classifier, classifier.block_at(downsample), weight, score)
 
 
 def captum(classifier: NoiseAwareClassifier) -> tuple[Attribute, Attribute]:

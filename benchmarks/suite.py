@@ -5,6 +5,7 @@
     OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_saliency.py --benchmark-json=raw.json   # 2 minutes
     OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_features.py --benchmark-json=raw.json   # 10 minutes
     OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_infonce.py --benchmark-json=raw.json    # 11 minutes
+    OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_pipeline.py --benchmark-json=raw.json   # 11 minutes
     python -m benchmarks.suite keep raw.json      # writes benchmarks/results/<stem>-cpu.json, which is tracked
     python -m benchmarks.suite table benchmarks/results/anchors-cpu.json
     python -m benchmarks.suite readme             # brings the README's table of speed up to date with the results

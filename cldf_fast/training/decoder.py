@@ -121,24 +121,32 @@ def read_anchors(
     return bank
 
 
-def decoder_loss(bank: AnchorBank, config: DecoderConfig) -> LossFunction:
-    """InfoNCE over the anchors of a batch of readings, half of which hold foreground (with replacement)."""
-    criterion = PixelInfoNCE(config.temperature, config.variant)
-    with_foreground = bank.foreground.nonzero().flatten()
-    without = (~bank.foreground).nonzero().flatten()
+def balanced_rows(foreground: Tensor, draws: StepDraws) -> Tensor:
+    """This process's rows int64 [B], on the CPU, of a batch half of which hold foreground (with replacement).
+
+    foreground: bool [N], which rows do, at least one.
+    """
+    device = draws.generator.device
+    with_foreground, without = foreground.nonzero().flatten(), (~foreground).nonzero().flatten()
     if not len(without):
         without = with_foreground
+    uniform = torch.rand(draws.batch_size, generator=draws.generator, device=device)
+    half = torch.arange(draws.batch_size, device=device) < draws.batch_size / 2
+    rows = torch.where(
+        half,
+        with_foreground.to(device)[(uniform * len(with_foreground)).long()],
+        without.to(device)[(uniform * len(without)).long()],
+    )
+    return draws.mine(rows).cpu()
+
+
+def decoder_loss(bank: AnchorBank, config: DecoderConfig) -> LossFunction:
+    """InfoNCE over the anchors of a batch of readings, half of which hold foreground."""
+    criterion = PixelInfoNCE(config.temperature, config.variant)
 
     def loss(decoder: nn.Module, draws: StepDraws) -> Tensor:
         device = draws.generator.device
-        uniform = torch.rand(draws.batch_size, generator=draws.generator, device=device)
-        half = torch.arange(draws.batch_size, device=device) < draws.batch_size / 2
-        rows = torch.where(
-            half,
-            with_foreground.to(device)[(uniform * len(with_foreground)).long()],
-            without.to(device)[(uniform * len(without)).long()],
-        )
-        rows = draws.mine(rows).cpu()
+        rows = balanced_rows(bank.foreground, draws)
         embeddings = decoder(bank.features[rows].to(device).float())
         return criterion(embeddings.flatten(0, 1), bank.labels[rows].to(device).flatten())
 

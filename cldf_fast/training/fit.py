@@ -20,7 +20,7 @@ from cldf_fast.segmentation import Prototypes, calibrate, fit_prototypes
 from cldf_fast.training.augment import Augmenter
 from cldf_fast.training.cdm import cdm_loss
 from cldf_fast.training.classifier import classifier_loss
-from cldf_fast.training.decoder import decoder_loss, read_anchors
+from cldf_fast.training.decoder import AnchorBank, decoder_loss, read_anchors
 from cldf_fast.training.engine import LossFunction, fit
 from cldf_fast.training.progress import Progress
 
@@ -123,24 +123,35 @@ def fit_decoder(cldf: CLDF, trainer: Trainer, labels: Tensor) -> tuple[PixelDeco
 
     Returns the decoder, its prototypes with calibrated bias, and the image-level thresholds float32 [K].
     """
-    config, fabric = trainer.config, trainer.fabric
-    num_classes = cldf.num_classes + 1
+    config = trainer.config
     bank = read_anchors(
         trainer.train.images,
         labels,
         cldf.conditions(trainer.train.require_labels()),
         cldf.features,
-        num_classes=num_classes,
+        num_classes=cldf.num_classes + 1,
         per_class=config.decoder.anchors_per_class,
         passes=config.decoder.passes,
         augmenter=trainer.augmenter(config.decoder.optimisation),
         seed=config.seed,
-        fabric=fabric,
+        fabric=trainer.fabric,
         quiet=trainer.quiet,
     )
+    decoder, prototypes = fit_on_anchors(trainer, cldf.features.channels, bank, decoder_loss(bank, config.decoder))
+    return decoder, prototypes, label_thresholds(cldf, trainer.val)
+
+
+def fit_on_anchors(
+    trainer: Trainer, channels: Sequence[int], bank: AnchorBank, loss: LossFunction
+) -> tuple[PixelDecoder, Prototypes]:
+    """Train a decoder by a loss; then prototypes with calibrated bias.
+
+    channels: of each feature map. bank: anchors that features are standardised by and prototypes found among.
+    """
+    config, num_classes = trainer.config, trainer.record.num_classes + 1
     torch.manual_seed(config.seed)
     decoder = PixelDecoder(
-        cldf.features.channels,
+        channels,
         hidden=config.decoder.hidden,
         embedding=config.decoder.embedding,
         dropout=config.decoder.dropout,
@@ -150,9 +161,9 @@ def fit_decoder(cldf: CLDF, trainer: Trainer, labels: Tensor) -> tuple[PixelDeco
     fit(
         "decoder",
         decoder,
-        decoder_loss(bank, config.decoder),
+        loss,
         config.decoder.optimisation,
-        fabric=fabric,
+        fabric=trainer.fabric,
         run=trainer.run.path,
         seed=config.seed,
         resume=trainer.resume,
@@ -168,8 +179,7 @@ def fit_decoder(cldf: CLDF, trainer: Trainer, labels: Tensor) -> tuple[PixelDeco
         temperature=config.segmentation.temperature,
         seed=config.seed,
     )
-    prototypes = calibrate(prototypes, embeddings, anchor_labels, weight)
-    return decoder, prototypes, label_thresholds(cldf, trainer.val)
+    return decoder, calibrate(prototypes, embeddings, anchor_labels, weight)
 
 
 def label_thresholds(cldf: CLDF, data: PackedSlices) -> Tensor:
