@@ -205,11 +205,16 @@ def write_mask(
         if not (probability.min() >= 0 and probability.max() <= 1):
             raise DataError("probability: expected values in [0, 1], got others or NaN")
     out = Path(out)
+    check_output_folder(stack, out)
+    values = None if probability is None else probability.astype(np.float32, copy=False)
+    return stack.origin.write(mask, values, tuple(class_names), out)
+
+
+def check_output_folder(stack: Stack, out: Path) -> None:
+    """Raises DataError where masks would be written beside the files that the stack was read from."""
     own = stack.source if stack.source.is_dir() else stack.source.parent
     if out.resolve() == own.resolve():
         raise DataError(f"out: {out} is the input's own folder, whose files could be overwritten; give another folder")
-    values = None if probability is None else probability.astype(np.float32, copy=False)
-    return stack.origin.write(mask, values, tuple(class_names), out)
 
 
 def _open(selection: _Selection, *, mask: bool, channels_last: bool) -> Origin:

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from cldf_fast import __version__
-from cldf_fast.data.stacks import Stack
+from cldf_fast.data.stacks import Stack, check_output_folder
 from cldf_fast.deploy.audit import AuditLog, pseudonym, pseudonym_key
 from cldf_fast.deploy.predictor import PredictedCase, Predictor
-from cldf_fast.errors import CLDFError, ConfigError
+from cldf_fast.errors import CLDFError, ConfigError, DataError
 from cldf_fast.files import atomic_write_text
 
 AUDIT_FIELDS = (
@@ -43,7 +45,7 @@ class Part:
 
 @dataclass
 class Outcome:
-    """What became of one study. status: "done", "refused" or "skipped" (done by an earlier run). seconds: all of it."""
+    """What became of one study, by this run or an earlier one. status: "done" or "refused"; reason: why refused."""
 
     source: str
     status: str
@@ -53,9 +55,6 @@ class Outcome:
     slices_labelled: int = 0
     foreground_pixels: int = 0
     seconds: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        return dict(self.__dict__)
 
 
 def predict(
@@ -87,6 +86,7 @@ def predict(
     audit = AuditLog(out / "audit.jsonl", fields=AUDIT_FIELDS)
     key = pseudonym_key(out / "audit.jsonl")
     outcomes: list[Outcome] = []
+    taken = _names([done[source] for source in mine if source in done])
 
     def read(source: str) -> Stack | CLDFError | None:
         if source in done:
@@ -112,25 +112,46 @@ def predict(
                     if isinstance(stack, CLDFError):
                         raise stack
                     entry["pixels_sha256"] = hashlib.sha256(stack.image.tobytes()).hexdigest()
-                    case = predictor.predict(stack, out, labels=labels, window=window, probability=probability)
-                    outcome = _outcome(source, case, out)
-                    entry["outputs_sha256"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in case.files]
+                    check_output_folder(stack, out)
+                    with TemporaryDirectory(prefix=".partial-", dir=out) as beside:
+                        case = predictor.predict(stack, beside, labels=labels, window=window, probability=probability)
+                        hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in case.files]
+                        files = _put(case.files, out, taken | _names(outcomes))
+                    outcome, entry["outputs_sha256"] = _outcome(source, case, files), hashes
                 except CLDFError as error:
                     # The sentence names files, and so perhaps the patient: it stays out of the log.
                     outcome.reason, entry["reason"] = str(error), type(error).__name__
                 outcome.seconds = round(time.perf_counter() - started, 3)
                 audit.append(**entry, **_provenance(predictor, outcome))
             outcomes.append(outcome)
-            content = {"version": __version__, "cases": [each.to_json() for each in outcomes]}
+            content = {"version": __version__, "cases": [asdict(each) for each in outcomes]}
             atomic_write_text(summary, json.dumps(content, indent=2) + "\n")
             yield outcome
 
 
-def _outcome(source: str, case: PredictedCase, out: Path) -> Outcome:
+def _names(outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """Whose each file is."""
+    return {name: outcome.source for outcome in outcomes for name in outcome.files}
+
+
+def _put(files: Sequence[Path], out: Path, taken: Mapping[str, str]) -> list[str]:
+    """Move a study's files to `out`, unless one of them has the name of another study's. Returns their names."""
+    for file in files:
+        if file.name in taken:
+            raise DataError(
+                f"out: {file.name} is the name of the mask of {taken[file.name]} too; segment studies whose files have "
+                f"the same names into folders of their own"
+            )
+    for file in files:
+        os.replace(file, out / file.name)
+    return [file.name for file in files]
+
+
+def _outcome(source: str, case: PredictedCase, files: list[str]) -> Outcome:
     return Outcome(
         source,
         "done",
-        files=[str(file.relative_to(out)) for file in case.files],
+        files=files,
         slices=len(case.present),
         slices_labelled=int(case.present.any(axis=1).sum()),
         foreground_pixels=case.foreground_pixels,

@@ -74,7 +74,7 @@ def _sweep(
     """
     anchors = anchors.float().contiguous()
     dim = candidates.shape[1]
-    gathered = _in_order_of_classes(candidates, plan)
+    gathered = _in_order_of_classes(candidates, plan.columns)
     grad_anchors = torch.zeros_like(anchors) if need_anchors else None
     sorted_gradient = torch.zeros_like(gathered) if need_candidates else None
     torch.ops.cldf_fast.infonce_sweep(
@@ -105,9 +105,9 @@ def _sweep(
     )
 
 
-def _in_order_of_classes(candidates: Tensor, plan: _Plan) -> Tensor:
-    """float32 [n, D'], the features filled up to whole vectors of any instruction set."""
-    gathered, padding = candidates.float()[plan.columns], -candidates.shape[1] % 16
+def _in_order_of_classes(features: Tensor, columns: Tensor) -> Tensor:
+    """float32 [n, D'], these rows, filled up to whole vectors of any instruction set."""
+    gathered, padding = features.float()[columns], -features.shape[1] % 16
     return F.pad(gathered, (0, padding)) if padding else gathered
 
 
@@ -182,14 +182,15 @@ def pixel_infonce_sum(
     shared: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As the operator of this name, the logits computed once for the loss and both gradients."""
-    plan = _Plan.of(anchor_labels, candidate_labels, self_index)
-    grad = torch.ones(len(plan.rows)) if anchor_weight is None else anchor_weight[plan.rows].float()
     if shared and variant == "supcon" and _is_symmetric(anchor_labels, candidate_labels, self_index):
         without_self = self_index is not None
-        found = _self_sweep(plan, anchors, temperature, grad, without_self=without_self, need_gradient=need_anchors)
+        found = _self_sweep(
+            anchors, anchor_labels, temperature, anchor_weight, without_self=without_self, need_gradient=need_anchors
+        )
         if found is not None:
-            loss, gradient = found
-            return loss, grad.double().sum().float(), gradient, anchors.new_empty(0, dtype=torch.float32)
+            return *found, anchors.new_empty(0, dtype=torch.float32)
+    plan = _Plan.of(anchor_labels, candidate_labels, self_index)
+    grad = torch.ones(len(plan.rows)) if anchor_weight is None else anchor_weight[plan.rows].float()
     state = torch.zeros(3, len(plan.rows), dtype=torch.float64)
     grad_anchors, grad_candidates = _sweep(
         plan,
@@ -217,25 +218,35 @@ def _is_symmetric(anchor_labels: Tensor, candidate_labels: Tensor, self_index: T
 
 
 def _self_sweep(
-    plan: _Plan, features: Tensor, temperature: float, grad: Tensor, *, without_self: bool, need_gradient: bool
-) -> tuple[Tensor, Tensor] | None:
-    """Weighted sum of the losses and its gradient float32 [M, D] for features against themselves.
+    features: Tensor,
+    labels: Tensor,
+    temperature: float,
+    anchor_weight: Tensor | None,
+    *,
+    without_self: bool,
+    need_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """For features against themselves: weighted sum of the losses, sum of the weights, and gradient float32 [M, D].
 
     None where exponentials of their logits do not fit into float32 side by side.
     """
-    values = _in_order_of_classes(features, plan)
+    labels, columns = labels.sort(stable=True)
+    ignored = int(torch.searchsorted(labels, 0))
+    labels, columns = labels[ignored:], columns[ignored:]
+    values = _in_order_of_classes(features, columns)
     limit = float(values.square().sum(dim=1).amax()) / temperature if len(values) else 0.0
     if not limit <= 40:
         return None
-    place = torch.full((len(features),), -1).index_copy_(0, plan.columns, torch.arange(len(plan.columns)))[plan.rows]
-    num_positives = torch.zeros_like(plan.columns).index_copy_(0, place, plan.num_positives)
-    weight = torch.zeros(len(values)).index_copy_(0, place, grad)
+    _, column_class, sizes = labels.unique_consecutive(return_inverse=True, return_counts=True)
+    size = sizes[column_class]
+    counts = (size > int(without_self)) & (size < len(labels))
+    weight = counts.float() if anchor_weight is None else torch.where(counts, anchor_weight[columns].float(), 0)
     loss = torch.zeros(len(values), dtype=torch.float64)
     gradient = torch.zeros_like(values) if need_gradient else None
     torch.ops.cldf_fast.infonce_self_sweep(
         values,
-        plan.column_class,
-        num_positives,
+        column_class.int(),
+        torch.where(counts, size - int(without_self), 0),
         weight,
         features.shape[1],
         temperature,
@@ -246,8 +257,8 @@ def _self_sweep(
     )
     # Before the gradient gets memory in the caller's order: the peak is what users pay.
     del values
-    total = (loss * weight).sum().float()
+    total = (loss * weight).sum().float(), weight.double().sum().float()
     if gradient is None:
-        return total, features.new_empty(0, dtype=torch.float32)
+        return *total, features.new_empty(0, dtype=torch.float32)
     dim = features.shape[1]
-    return total, torch.zeros(features.shape).index_copy_(0, plan.columns, gradient[:, :dim])
+    return *total, torch.zeros(features.shape).index_copy_(0, columns, gradient[:, :dim])
