@@ -100,8 +100,8 @@ class Predictor:
 
     folder: an engine directory. precision: of the graphs, by default the directory's first. backend: "onnx" (ONNX
     Runtime on the CPU), "tensorrt" or "tensorrt_rtx". public_key: of whom it has to be signed by. threads: of ONNX
-    Runtime, 0 for as many as there are cores. max_batch: images in one call of it, which bounds memory; on two cores one
-    image at a time is as fast as many.
+    Runtime, 0 for as many as there are cores. max_batch: images in one call of it, which bounds memory; on two cores
+    one image at a time is as fast as many.
     """
 
     def __init__(
