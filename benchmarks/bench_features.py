@@ -15,8 +15,7 @@ rivals share weights, noise and decoder. What lies between the public procedure 
                 pixels are read (training)
     ours        inference: the same. training: the same, but once for all steps: the network is frozen, so what anchors
                 read is held, in half precision, and a step has no UNet
-    bounded     inference: ours one noise level at a time (max_batch=1), which takes less memory
-    bfloat16    inference: bounded, with convolutions and products in bfloat16
+    bfloat16    inference: ours with convolutions and products in bfloat16
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ PROBLEMS: tuple[dict[str, Any], ...] = tuple(
 )
 HEADLINES = PROBLEMS
 RIVALS = {
-    "inference": ("ours", "public", "truncated", "stacked", "bounded", "bfloat16"),
+    "inference": ("ours", "public", "truncated", "stacked", "bfloat16"),
     "training": ("ours", "public", "reading"),
 }
 # How far from the float32 result a rival may be, relative to its norm: rounding alone, or that of what it stores.
@@ -81,7 +80,7 @@ class Setting:
         self.anchors = torch.randint(size * size, (batch, ANCHORS // batch))
         self.anchor_labels = torch.randint(CLASSES, (ANCHORS,))
 
-    def reader(self, dtype: torch.dtype = torch.float32, max_batch: int | None = None) -> DiffusionFeatures:
+    def reader(self, dtype: torch.dtype = torch.float32) -> DiffusionFeatures:
         return DiffusionFeatures(
             self.unet,
             Diffusion(),
@@ -89,7 +88,6 @@ class Setting:
             downsample=DOWNSAMPLE,
             prediction=False,
             dtype=dtype,
-            max_batch=max_batch,
         )
 
     def step(self, embeddings: Tensor) -> tuple[Tensor, ...]:
@@ -208,9 +206,7 @@ def case(rival: str, part: str, batch: int, size: int, width: int) -> Callable[[
         case "inference", "stacked":
             return partial(infer_stacked, setting)
         case "inference", "bfloat16":
-            return partial(infer, setting, setting.reader(torch.bfloat16, max_batch=1))
-        case "inference", "bounded":
-            return partial(infer, setting, setting.reader(max_batch=1))
+            return partial(infer, setting, setting.reader(torch.bfloat16))
         case "inference", "ours":
             return partial(infer, setting, setting.features)
         case "training", "public":
