@@ -1,7 +1,7 @@
 """What all benchmarks share: measuring memory and ceilings, results as data, and their table.
 
     OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_anchors.py --benchmark-json=raw.json    # 1 minute
-    OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_deploy.py --benchmark-json=raw.json     # 5 minutes
+    OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_deploy.py --benchmark-json=raw.json     # 13 minutes
     OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_saliency.py --benchmark-json=raw.json   # 2 minutes
     OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_features.py --benchmark-json=raw.json   # 10 minutes
     OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_infonce.py --benchmark-json=raw.json    # 11 minutes

@@ -54,8 +54,8 @@ class Cuda:
         """Wait for the stream."""
         self._call("cuStreamSynchronize", c_void_p(self.stream))
 
-    def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
-        """Record what `enqueue` puts on the stream, as a graph; what is returned replays it."""
+    def capture(self, enqueue: Callable[[], None]) -> Graph:
+        """Record what `enqueue` puts on the stream, without executing it."""
         stream, graph, executable = c_void_p(self.stream), c_void_p(), c_void_p()
         self._call("cuStreamBeginCapture_v2", stream, _RELAXED)
         try:
@@ -64,7 +64,7 @@ class Cuda:
             self._call("cuStreamEndCapture", stream, byref(graph))
         self._call("cuGraphInstantiateWithFlags", byref(executable), graph, c_uint64(0))
         self._call("cuGraphDestroy", graph)
-        return lambda: self._call("cuGraphLaunch", executable, stream)
+        return Graph(self, executable)
 
     def _call(self, function: str, *arguments: object) -> None:
         status = getattr(self._driver, function)(*arguments)
@@ -73,6 +73,21 @@ class Cuda:
             with suppress(AttributeError):
                 self._driver.cuGetErrorString(status, byref(text))
             raise BackendError(f"CUDA: {function} failed ({(text.value or b'').decode() or status})")
+
+
+class Graph:
+    """Recorded work of a stream."""
+
+    def __init__(self, cuda: Cuda, executable: c_void_p) -> None:
+        self._cuda, self._executable = cuda, executable
+
+    def launch(self) -> None:
+        """Enqueue the work once more."""
+        self._cuda._call("cuGraphLaunch", self._executable, c_void_p(self._cuda.stream))
+
+    def destroy(self) -> None:
+        """Give it back; it must not be launched any more."""
+        self._cuda._call("cuGraphExecDestroy", self._executable)
 
 
 class Buffer:

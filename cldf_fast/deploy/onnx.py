@@ -19,7 +19,8 @@ OPSET = 22
 
 PRECISIONS = ("float32", "float16", "bfloat16")
 
-# What a matrix unit computes; all else (normalisation, softmax, resizing, sums) stays in float32.
+# What a matrix unit computes; all else (normalisation, softmax, sums) stays in float32. Resizing is products too, whose
+# weights half precision holds exactly for factors that are powers of two.
 _HALVED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _ONNX_TYPES = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 

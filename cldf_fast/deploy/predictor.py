@@ -24,7 +24,6 @@ from cldf_fast.deploy.noise import pixel_seed, standard_normal
 from cldf_fast.deploy.runtime import OnnxSession, Session, in_batches
 from cldf_fast.errors import ConfigError, DataError, IntegrityError
 
-PRECISIONS = ("float32", "float16", "bfloat16")
 GRAPHS = ("segmentation", "labels")
 RESEARCH_USE = "Research use only; not to be used for diagnostic purposes."
 
@@ -129,6 +128,9 @@ class Predictor:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._loaded is not None:
+            for session in self._loaded[2].values():
+                session.close()
         self._loaded = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -23,6 +23,10 @@ class Session(Protocol):
         """Outputs by name, numpy arrays of the caller's own, for inputs [B, ...] by name."""
         ...
 
+    def close(self) -> None:
+        """Give its memory back; it must not be called any more."""
+        ...
+
 
 class OnnxSession:
     """ONNX Runtime on the CPU.
@@ -51,6 +55,10 @@ class OnnxSession:
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """See `Session`."""
         return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+
+    def close(self) -> None:
+        """See `Session`."""
+        del self._session
 
 
 def in_batches(session: Session, inputs: Mapping[str, Array]) -> dict[str, Array]:

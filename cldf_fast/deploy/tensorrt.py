@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from cldf_fast.deploy.cuda import Buffer, Cuda
+from cldf_fast.deploy.cuda import Buffer, Cuda, Graph
 from cldf_fast.deploy.manifest import Runtime, SealedDirectory, operating_system
 from cldf_fast.deploy.runtime import Array
 from cldf_fast.errors import BackendError, ConfigError
@@ -39,15 +39,11 @@ class Batches:
 
 @dataclass(frozen=True)
 class Engine:
-    """plan: the serialised engine. shapes: of every input, smallest, best and largest. flags: of its builder.
-
-    timing_cache: what a next build with the same library, GPU and flags can reuse; empty for TensorRT for RTX.
-    """
+    """plan: the serialised engine. shapes: of every input, smallest, best and largest. flags: of its builder."""
 
     plan: bytes
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
     flags: tuple[str, ...]
-    timing_cache: bytes
 
 
 def library(flavour: str) -> ModuleType:
@@ -88,12 +84,11 @@ def build(
     flavour: str,
     batches: Batches | None = None,
     compute_capabilities: Sequence[str] = (),
-    timing_cache: bytes = b"",
 ) -> Engine:
     """Build an engine.
 
     onnx: a model whose first axis is the batch, in its own precision. compute_capabilities: that the engine shall run
-    on, e.g. ["8.6", "12.0"]; none: the GPU of this machine. timing_cache: of an earlier `Engine`.
+    on, e.g. ["8.6", "12.0"]; none: the GPU of this machine.
     Raises BackendError for a library that is absent, a capability that it does not serve, and a model that it can't
     build.
     """
@@ -123,23 +118,19 @@ def build(
         config.num_compute_capabilities = len(compute_capabilities)
         for i, number in enumerate(compute_capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{number.replace('.', '')}"), i)
-    cache = None
-    if flavour == "tensorrt":
-        cache = config.create_timing_cache(timing_cache)
-        config.set_timing_cache(cache, ignore_mismatch=False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise BackendError(
             f"{flavour} {trt.__version__}: can't build the engine ({logger.last or 'it does not say why'})"
         )
-    return Engine(bytes(plan), shapes, ("TF32 off",), b"" if cache is None else bytes(cache.serialize()))
+    return Engine(bytes(plan), shapes, ("TF32 off",))
 
 
 class TensorRTSession:
     """An engine on a GPU: a `deploy.runtime.Session` with one execution context, for one call at a time.
 
-    plan: an engine whose bytes have been checked. shapes: as in `Engine`. cuda_graph: capture the work of each batch
-    size at its second call, and replay it.
+    plan: an engine whose bytes have been checked. shapes: as in `Engine`. cuda_graph: capture the work of a batch
+    size when it comes twice in a row, and replay it until another comes.
     """
 
     def __init__(
@@ -170,8 +161,8 @@ class TensorRTSession:
             is_input = self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
             (self._inputs if is_input else self._outputs)[name] = buffer
             self._context.set_tensor_address(name, buffer.address)
-        self._seen: set[int] = set()
-        self._graphs: dict[int, Callable[[], None]] = {}
+        self._rows = 0  # what the context is set to
+        self._graph: Graph | None = None  # of so many rows
 
     @classmethod
     def of(cls, sealed: SealedDirectory, onnx: str, *, flavour: str) -> TensorRTSession:
@@ -193,22 +184,34 @@ class TensorRTSession:
             for name, buffer in self._inputs.items():
                 buffer.host[:given] = inputs[name]
                 buffer.host[given:rows] = inputs[name][-1]
-                if not self._context.set_input_shape(name, (rows, *buffer.host.shape[1:])):
-                    raise BackendError(f"{self.backend}: the engine refuses {rows} rows of {name}")
             self._execute(rows)
             self._cuda.synchronise()
             return {name: buffer.host[:given].copy() for name, buffer in self._outputs.items()}
 
     def _execute(self, rows: int) -> None:
-        if rows in self._graphs:
-            self._graphs[rows]()
-        elif self._cuda_graph and rows in self._seen:
-            # The first call of a size may compile or allocate, which can't be recorded.
-            self._graphs[rows] = self._cuda.capture(lambda: self._enqueue(rows))
-            self._graphs[rows]()
+        if rows != self._rows:
+            # The first work after a change of shapes may compile or allocate, which can't be recorded, and what was
+            # recorded before it holds for those shapes alone.
+            self._drop_graph()
+            self._set_rows(rows)
+            self._enqueue(rows)
+        elif self._cuda_graph:
+            self._graph = self._graph or self._cuda.capture(lambda: self._enqueue(rows))
+            self._graph.launch()
         else:
             self._enqueue(rows)
-            self._seen.add(rows)
+
+    def _set_rows(self, rows: int) -> None:
+        self._rows = 0
+        for name, buffer in self._inputs.items():
+            if not self._context.set_input_shape(name, (rows, *buffer.host.shape[1:])):
+                raise BackendError(f"{self.backend}: the engine refuses {rows} rows of {name}")
+        self._rows = rows
+
+    def _drop_graph(self) -> None:
+        if self._graph is not None:
+            self._graph.destroy()
+            self._graph = None
 
     def _enqueue(self, rows: int) -> None:
         for buffer in self._inputs.values():
@@ -219,7 +222,8 @@ class TensorRTSession:
             buffer.download(rows)
 
     def close(self) -> None:
-        """Give the memory of inputs and outputs back."""
+        """See `Session`."""
+        self._drop_graph()
         for buffer in (*self._inputs.values(), *self._outputs.values()):
             buffer.free()
 

@@ -7,10 +7,11 @@
 
 typedef void (*Replay)(void);
 static Replay replay;
-static int capturing, live, launches, uploaded;
+static int capturing, live, launches, uploaded, graphs;
 
 void fake_set_replay(Replay function) { replay = function; }
 int fake_live(void) { return live; }
+int fake_graphs(void) { return graphs; }
 int fake_launches(void) { return launches; }
 int fake_uploaded(void) { return uploaded; }
 
@@ -46,7 +47,8 @@ int cuMemcpyDtoHAsync_v2(void* to, const void* from, size_t bytes, void* stream)
 int cuStreamBeginCapture_v2(void* stream, int mode) { return capturing = 1, stream != &capturing || mode != 2; }
 int cuStreamEndCapture(void* stream, void** graph) { return capturing = 0, *graph = &launches, stream != &capturing; }
 int cuGraphInstantiateWithFlags(void** executable, void* graph, uint64_t flags) {
-  return *executable = graph, flags != 0;
+  return ++graphs, *executable = graph, flags != 0;
 }
+int cuGraphExecDestroy(void* executable) { return --graphs, executable != &launches; }
 int cuGraphDestroy(void* graph) { return graph != &launches; }
 int cuGraphLaunch(void* executable, void* stream) { return ++launches, replay(), stream != &capturing || !executable; }

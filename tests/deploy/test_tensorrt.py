@@ -134,7 +134,7 @@ def test_results_are_those_of_the_engine(driver: str, trt: Any, cuda_graph: bool
     replay = ctypes.CFUNCTYPE(None)(again)
     fake.fake_set_replay(replay)
     before, kept = fake.fake_launches(), []
-    for rows in (3, 1, 3, 6, 3, 1, 3):
+    for rows in (3, 3, 3, 1, 1, 6, 3, 3):
         given = inputs(rows)
         found = session(given)
         assert set(found) == {"y"}
@@ -142,10 +142,12 @@ def test_results_are_those_of_the_engine(driver: str, trt: Any, cuda_graph: bool
         kept.append((found["y"], found["y"].copy()))
     for first, then in kept:
         assert (first == then).all()  # a later call does not write into an earlier result
-    # A size is run, then captured and launched, then launched: 3 has three launches, 1 (filled up to 2) has one.
+    # A size is run when it is new, captured and launched when it comes again, then launched: 1 is filled up to 2.
     assert fake.fake_launches() - before == (4 if cuda_graph else 0)
-    assert trt.context.enqueued == (5 if cuda_graph else 7)
+    assert trt.context.enqueued == (7 if cuda_graph else 8)
+    assert fake.fake_graphs() == (1 if cuda_graph else 0)
     session.close()
+    assert fake.fake_graphs() == 0
     assert fake.fake_live() == 0
 
 
