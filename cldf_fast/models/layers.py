@@ -7,10 +7,15 @@ guided-diffusion and improved-diffusion load as they are. Do not rename them.
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cldf_fast import ops
+
+Convolution = TypeVar("Convolution", nn.Conv1d, nn.Conv2d)
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -29,7 +34,36 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
-def zero_init(module: nn.Conv1d | nn.Conv2d) -> nn.Conv1d | nn.Conv2d:
+def normed(
+    norm: nn.Module, x: Tensor, *, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = True
+) -> Tensor:
+    """What `norm` makes of x [B, C, H, W], scaled by 1 + scale and shifted ([B, C] each), through SiLU.
+
+    On the CPU in one operation. Compilers and exporters get the steps, which they fuse in their own way.
+    """
+    fused = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+    if fused and type(norm) is nn.GroupNorm and norm.weight.dtype == x.dtype:
+        return ops.group_norm(
+            x, norm.num_groups, norm.weight, norm.bias, scale=scale, shift=shift, silu=silu, eps=norm.eps
+        )
+    x = norm(x)
+    if scale is not None:
+        x = x * (1 + scale[:, :, None, None])
+    if shift is not None:
+        x = x + shift[:, :, None, None]
+    return F.silu(x) if silu else x
+
+
+def channels_side_by_side(x: Tensor) -> Tensor:
+    """x [B, C, H, W] in the layout that convolutions are fastest in, which they hand on to what they return."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return x
+    if x.shape[1] == 1:  # Both layouts are the same in memory, and only the strides tell which is meant.
+        return x.flatten(1).view(len(x), *x.shape[2:], 1).permute(0, 3, 1, 2)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def zero_init(module: Convolution) -> Convolution:
     """Start a residual branch (or the output) at exactly zero, so that an untrained block is the identity."""
     nn.init.zeros_(module.weight)
     if module.bias is not None:
@@ -41,6 +75,7 @@ class EmbedSequential(nn.Sequential):
     """A sequence whose residual blocks also receive the embedding of time (and class)."""
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # type: ignore[override]
+        x = channels_side_by_side(x)
         for layer in self:
             x = layer(x, embedding) if isinstance(layer, ResBlock) else layer(x)
         return x
@@ -106,18 +141,16 @@ class ResBlock(nn.Module):
         return F.avg_pool2d(x, 2) if self.resample == "down" else x
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        norm, activation, conv = self.in_layers
-        h = conv(self._resized(activation(norm(x))))
-        shift = self.emb_layers(embedding)[:, :, None, None].to(h.dtype)
+        norm, _, conv = self.in_layers
+        h = conv(self._resized(normed(norm, x)))
+        added = self.emb_layers(embedding).to(h.dtype)
+        norm, _, dropout, conv = self.out_layers
         if self.scale_shift:
-            norm, *rest = self.out_layers
-            scale, shift = shift.chunk(2, dim=1)
-            h = norm(h) * (1 + scale) + shift
-            for layer in rest:
-                h = layer(h)
+            scale, shift = added.chunk(2, dim=1)
+            h = normed(norm, h, scale=scale, shift=shift)
         else:
-            h = self.out_layers(h + shift)
-        return self.skip_connection(self._resized(x)) + h
+            h = normed(norm, h + added[:, :, None, None])
+        return self.skip_connection(self._resized(x)) + conv(dropout(h))
 
 
 class AttentionBlock(nn.Module):
@@ -136,27 +169,24 @@ class AttentionBlock(nn.Module):
         self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        flat = x.reshape(batch, channels, height * width)
-        h = multi_head_attention(self.qkv(self.norm(flat)), self.num_heads, new_order=self.new_order)
-        return (flat + self.proj_out(h)).reshape(batch, channels, height, width)
+        tokens = normed(self.norm, x, silu=False).flatten(2).mT
+        h = multi_head_attention(projected(self.qkv, tokens), self.num_heads, new_order=self.new_order)
+        return x + projected(self.proj_out, h).mT.unflatten(2, x.shape[2:])
 
 
-def multi_head_attention(qkv: Tensor, num_heads: int, *, new_order: bool, queries: int | None = None) -> Tensor:
-    """Attention of packed projections [B, 3C, L] -> [B, C, L]; new_order: how heads and q, k, v are interleaved.
+def projected(layer: nn.Conv1d, tokens: Tensor) -> Tensor:
+    """A convolution of length 1 on tokens [B, L, C] -> [B, L, C']."""
+    return F.linear(tokens, layer.weight.squeeze(2), layer.bias)
 
-    queries: only the first so many of the L tokens ask, and are returned.
-    """
-    batch, width, length = qkv.shape
-    per_head = width // (3 * num_heads)
+
+def multi_head_attention(qkv: Tensor, num_heads: int, *, new_order: bool) -> Tensor:
+    """Attention of packed projections [B, L, 3C] -> [B, L, C]; new_order: how heads and q, k, v are interleaved."""
     if new_order:
-        packed = qkv.reshape(batch, 3, num_heads, per_head, length).transpose(1, 2)
+        q, k, v = qkv.unflatten(2, (3, num_heads, -1)).unbind(2)
     else:
-        packed = qkv.reshape(batch, num_heads, 3, per_head, length)
-    # Attention that never holds an L x L matrix exists only for channels that lie side by side.
-    q, k, v = packed.mT.contiguous().unbind(2)
-    h = F.scaled_dot_product_attention(q[:, :, :queries], k, v)
-    return h.mT.reshape(batch, width // 3, -1)
+        q, k, v = qkv.unflatten(2, (num_heads, 3, -1)).unbind(3)
+    h = F.scaled_dot_product_attention(*(each.transpose(1, 2) for each in (q, k, v)))
+    return h.transpose(1, 2).flatten(2)
 
 
 class AttentionPool(nn.Module):
@@ -173,5 +203,13 @@ class AttentionPool(nn.Module):
         tokens = x.flatten(2)
         tokens = torch.cat([tokens.mean(dim=2, keepdim=True), tokens], dim=2)
         tokens = tokens + self.positional_embedding.to(tokens.dtype)
-        pooled = multi_head_attention(self.qkv_proj(tokens), self.num_heads, new_order=True, queries=1)
-        return self.c_proj(pooled)[:, :, 0]
+        # One token asks, so no token need be projected to its key and its value: the query goes through the key's
+        # weights instead, and the tokens' average through the value's. The key's bias shifts all logits alike.
+        query_weight, key_weight, value_weight = self.qkv_proj.weight.squeeze(2).chunk(3)
+        query_bias, _, value_bias = self.qkv_proj.bias.chunk(3)  # type: ignore[union-attr]
+        heads = (self.num_heads, -1)
+        query = F.linear(tokens[:, :, 0], query_weight, query_bias).unflatten(1, heads)
+        asked = torch.einsum("bhd,hdc->bhc", query * query.shape[2] ** -0.5, key_weight.unflatten(0, heads))
+        average = (asked @ tokens).softmax(dim=2) @ tokens.mT
+        value = torch.einsum("bhc,hdc->bhd", average, value_weight.unflatten(0, heads))
+        return F.linear(value.flatten(1) + value_bias, self.c_proj.weight.squeeze(2), self.c_proj.bias)

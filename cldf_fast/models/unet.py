@@ -17,6 +17,7 @@ from cldf_fast.models.layers import (
     ResBlock,
     Upsample,
     group_norm,
+    normed,
     timestep_embedding,
     zero_init,
 )
@@ -161,7 +162,8 @@ class UNet(nn.Module):
 
     def read_out(self, last: Tensor) -> Tensor:
         """The prediction [B, out_channels, H, W] from what the last of output_blocks returned."""
-        return F.pixel_shuffle(self.out(last), self.patch_size)
+        norm, _, conv = self.out
+        return F.pixel_shuffle(conv(normed(norm, last)), self.patch_size)
 
     def decoder_features(
         self, x: Tensor, timesteps: Tensor, condition: Tensor | None, blocks: Sequence[int]

@@ -3,6 +3,7 @@
 from cldf_fast.ops._dispatch import BACKENDS, backend_report
 from cldf_fast.ops.anchors import sample_anchors
 from cldf_fast.ops.infonce import pixel_infonce, pixel_infonce_sum, pixel_infonce_with_valid
+from cldf_fast.ops.norm import group_norm
 from cldf_fast.ops.saliency import fuse_evidence, gradient_saliency, noised_batch, pixel_seed
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "backend_report",
     "fuse_evidence",
     "gradient_saliency",
+    "group_norm",
     "noised_batch",
     "pixel_infonce",
     "pixel_infonce_sum",

@@ -98,7 +98,7 @@ _LIBRARY = torch.library.Library("cldf_fast", "FRAGMENT")
 
 
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """The torch.library entry of an operation whose results are constants of autograd.
+    """The torch.library entry of an operation whose results are constants of autograd, unless `differentiate` follows.
 
     `torch.library.custom_op` does the same and more, among it what carries gradients, which takes as long as the work
     on a small image.
@@ -111,6 +111,11 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     torch.library.register_fake(f"cldf_fast::{op}", fake, lib=_LIBRARY)
     entry: Callable[..., Any] = getattr(torch.ops.cldf_fast, op).default
     return entry
+
+
+def differentiate(op: str, backward: Callable[..., Any], save: Callable[..., None]) -> None:
+    """Give an `operator` a gradient; the two functions are those of `torch.library.register_autograd`."""
+    torch.library.register_autograd(f"cldf_fast::{op}", backward, setup_context=save, lib=_LIBRARY)
 
 
 def backend_report() -> dict[str, dict[str, str]]:

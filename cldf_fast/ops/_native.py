@@ -70,6 +70,12 @@ def objection_of_single_precision(device: str, tensor: torch.Tensor, *_: Any) ->
     return objection(device, tensor) or double
 
 
+def objection_of_float32(device: str, tensor: torch.Tensor, *_: Any) -> str | None:
+    """The same for operators that work on float32 alone."""
+    other = None if tensor.dtype == torch.float32 else f"needs float32, got {tensor.dtype}".replace("torch.", "")
+    return objection(device, tensor) or other
+
+
 def build_record() -> dict[str, Any]:
     """How the extension was built (compiler, stable ABI of torch, CUDA); empty where there is no extension."""
     return {} if module is None else dict(module.build_record())

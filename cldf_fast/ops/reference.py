@@ -330,3 +330,78 @@ def fuse_evidence(gradient_map: Tensor, cam: Tensor, image_label: Tensor, thresh
     winner = torch.where(claimed, gradient_map * cam, -math.inf).argmax(dim=1) + 1
     labels = torch.where((clear | ~present).all(dim=1), 0, -1)
     return torch.where(claimed.any(dim=1), winner, labels).to(torch.int8)
+
+
+# --- Between convolutions ---------------------------------------------------------------------------------------------
+
+
+def group_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `ops.group_norm`. Also the groups' means and 1 / deviations, [B, G], for the backward pass."""
+    grouped = _grouped(x.double(), groups)
+    mean = grouped.mean(dim=2)
+    variance = (grouped - mean.unsqueeze(2)).square().mean(dim=2)
+    mean, rstd = mean.to(x.dtype), (variance + eps).rsqrt().to(x.dtype)
+    slope, offset = _affine(weight, bias, scale, shift)
+    z = _normalised(x, mean, rstd) * slope + offset
+    return z * _sigmoid(z) if silu else z, mean, rstd
+
+
+def group_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and, [B, C], of each image's slope and offset in z = normed * slope + offset.
+
+    A group's mean takes from the gradient of normed its mean over the group, its deviation takes normed times the mean
+    of its product with normed.
+    """
+    normed = _normalised(x, mean, rstd)
+    slope, offset = _affine(weight, bias, scale, shift)
+    if silu:
+        z = normed * slope + offset
+        gate = _sigmoid(z)
+        grad = grad * gate * (1 + z * (1 - gate))
+    grad_slope, grad_offset = (each.sum(dim=(2, 3)) for each in (grad * normed, grad))
+    grad_normed, normed = (_grouped(each, mean.shape[1]) for each in (grad * slope, normed))
+    taken = grad_normed.mean(dim=2, keepdim=True) + normed * (grad_normed * normed).mean(dim=2, keepdim=True)
+    grad_x = (grad_normed - taken) * rstd.unsqueeze(2)
+    return grad_x.reshape(x.shape), grad_slope, grad_offset
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """[B, G, C / G * H * W] of [B, C, H, W]."""
+    return x.unflatten(1, (groups, -1)).flatten(2)
+
+
+def _sigmoid(z: Tensor) -> Tensor:
+    return z.double().sigmoid().to(z.dtype)
+
+
+def _normalised(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    each = x.shape[1] // mean.shape[1]
+    mean, rstd = (group.repeat_interleave(each, dim=1)[:, :, None, None] for group in (mean, rstd))
+    return (x - mean) * rstd
+
+
+def _affine(weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Slope and offset of every channel of every image, [1 or B, C, 1, 1]."""
+    gain = torch.ones_like(weight) if scale is None else 1 + scale
+    offset = bias * gain if shift is None else bias * gain + shift
+    rows = (-1, len(weight), 1, 1)
+    return (weight * gain).reshape(rows), offset.reshape(rows)
