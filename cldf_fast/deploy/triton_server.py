@@ -7,7 +7,8 @@ REPOSITORY/cldf_segmentation/
 
 A client sends `image` float32 [B, C, S, S] in [-1, 1] (as `cases.working_images` makes it) to the model `cldf`, and
 `labels` bool [B, K] if image-level labels are known; it gets what `Predictor.segment` gives. The server's Python needs
-numpy and this package without what it requires (`pip install --no-deps`).
+numpy and this package without what it requires (`pip install --no-deps`); a server that is older than numpy 2 sees no
+data in its arrays, and needs numpy 1.26.
 
 Before it serves, the model compares every file of the graphs with the sealed directory, and checks its signature where
 the `public_key` among the parameters of its config.pbtxt names a file. The server loads the graphs by itself, though,

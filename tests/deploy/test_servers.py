@@ -427,6 +427,16 @@ def test_what_can_not_be_served_is_said_and_nothing_is_left(
     assert not list(tmp_path.iterdir())
 
 
+def test_bfloat16_is_not_for_onnx_runtime(copied: Path, tmp_path: Path) -> None:  # noqa: F811
+    config = json.loads((copied / "config.json").read_text(encoding="utf-8"))
+    (copied / "config.json").write_text(json.dumps(config | {"precisions": ["bfloat16"]}), encoding="utf-8")
+    for graph in ("labels", "segmentation"):
+        (copied / f"{graph}.float16.onnx").rename(copied / f"{graph}.bfloat16.onnx")
+    seal(copied, engines={})
+    with pytest.raises(ConfigError, match=r"precision: expected float32 or float16 for ONNX Runtime .* got 'bfloat16'"):
+        write_triton_repository(copied, tmp_path / "r")
+
+
 @pytest.mark.parametrize("write", [write_triton_repository, write_monai_bundle])
 def test_damage_that_is_met_on_the_way_leaves_nothing(copied: Path, tmp_path: Path, write: Any) -> None:  # noqa: F811
     (copied / "golden/cases.json").write_bytes(b"{")
