@@ -44,6 +44,8 @@ class ExportFormat(str, Enum):
     onnx = "onnx"
     tensorrt = "tensorrt"
     tensorrt_rtx = "tensorrt-rtx"
+    triton_server = "triton-server"
+    monai_bundle = "monai-bundle"
 
 
 @app.command()
@@ -185,10 +187,15 @@ def evaluate(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Run directory.")],
-    out: Annotated[Path, typer.Option(help="Engine directory to write; must not exist.")],
+    run: Annotated[Path, typer.Argument(help="Run directory; for triton-server and monai-bundle an engine directory.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
     format_: Annotated[
-        ExportFormat, typer.Option("--format", help="ONNX files alone, or engines of TensorRT beside them.")
+        ExportFormat,
+        typer.Option(
+            "--format",
+            help="An engine directory of ONNX files alone, or with engines of TensorRT beside them; or what a server "
+            "takes, of an engine directory.",
+        ),
     ] = ExportFormat.onnx,
     precision: Annotated[
         list[str] | None,
@@ -198,7 +205,10 @@ def export(
         list[str] | None,
         typer.Option(help="Compute capability to build for, e.g. 8.6; several times for several (tensorrt-rtx)."),
     ] = None,
-    batch: Annotated[str, typer.Option(help="Batch sizes of engines: smallest, best and largest.")] = "1,8,16",
+    batch: Annotated[
+        str, typer.Option(help="Batch sizes of engines, and of ONNX files in a server: smallest, best and largest.")
+    ] = "1,8,16",
+    backend: Annotated[str, typer.Option(help="What executes the graphs in triton-server: onnx or tensorrt.")] = "onnx",
     data: DataFolder = None,
     window: Annotated[
         str | None, typer.Option(help="LOW,HIGH in stored units that the run was trained on (CT).")
@@ -208,7 +218,16 @@ def export(
     ] = True,
     sign: Annotated[Path | None, typer.Option(help="Ed25519 private key (PEM) to sign the manifest with.")] = None,
 ) -> None:
-    """Write a sealed engine directory that `verify` and `predict` take; it passed parity with PyTorch."""
+    """Write a sealed engine directory that `verify` and `predict` take; it passed parity with PyTorch.
+
+    triton-server and monai-bundle write a model repository of Triton Inference Server, and a MONAI bundle, around one.
+    """
+    if format_ in (ExportFormat.triton_server, ExportFormat.monai_bundle):
+        made_before = {"--capability": capability, "--data": data, "--window": window, "--sign": sign}
+        _export_for_server(
+            run, out, format_, precision, backend, batch, [name for name, value in made_before.items() if value]
+        )
+        return
     from cldf_fast.deploy.export import Target, export
     from cldf_fast.deploy.tensorrt import Batches
     from cldf_fast.run import Run
@@ -384,6 +403,38 @@ def doctor(
 
     collected = collect()
     typer.echo(json.dumps(collected, indent=2) if json_output else render(collected))
+
+
+def _export_for_server(
+    engine: Path,
+    out: Path,
+    format_: ExportFormat,
+    precisions: list[str] | None,
+    backend: str,
+    batch: str,
+    out_of_place: list[str],
+) -> None:
+    from cldf_fast.deploy.manifest import MANIFEST
+    from cldf_fast.deploy.monai_bundle import write_monai_bundle
+    from cldf_fast.deploy.tensorrt import Batches
+    from cldf_fast.deploy.triton_server import write_triton_repository
+    from cldf_fast.errors import ConfigError
+
+    if out_of_place or len(precisions or []) > 1:
+        what = out_of_place[0] if out_of_place else "several --precision"
+        raise ConfigError(f"{what}: not for --format {format_.value}, which takes an engine directory as it is")
+    if not (engine / MANIFEST).exists():
+        raise ConfigError(
+            f"{engine}: expected an engine directory for --format {format_.value}, got a folder without {MANIFEST}; "
+            f"write one with `cldf-fast export RUN --out ENGINE`"
+        )
+    precision = precisions[0] if precisions else None
+    if format_ is ExportFormat.monai_bundle:
+        write_monai_bundle(engine, out, precision=precision)
+    else:
+        batches = Batches(*parse_batches(batch))
+        write_triton_repository(engine, out, precision=precision, backend=backend, batches=batches)
+    typer.echo(f"{out}: {format_.value} of {engine}")
 
 
 def parse_overrides(texts: list[str]) -> dict[str, Any]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from cldf_fast.errors import ConfigError
 
 
 @contextmanager
@@ -32,6 +35,25 @@ def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
             flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Give a temporary folder to fill; at the end of the block it becomes `path`, which must not exist.
+
+    If the block raises, nothing is left at `path`, nor beside it. Raises ConfigError, naming the argument `out`, where
+    `path` exists.
+    """
+    path = Path(path)
+    if path.exists() or path.is_symlink():
+        raise ConfigError(f"out: expected a folder that does not exist, got {path}, which does")
+    temporary = path.with_name(f".partial-{secrets.token_hex(4)}-{path.name}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def atomic_write_bytes(path: str | Path, data: bytes, *, durable: bool = True) -> None:

@@ -226,6 +226,14 @@ class SealedDirectory:
                 found = _measure(file, entry.size + 1)
             self._compare(name, found)
 
+    def copy_to(self, folder: Path) -> None:
+        """Write all of it, every byte checked, to a folder, which is an engine directory then."""
+        for name in self.manifest.files:
+            atomic_write_bytes(folder / name, self.read(name))
+        atomic_write_bytes(folder / MANIFEST, self.manifest.to_bytes())
+        if self.signature is not None:
+            atomic_write_bytes(folder / SIGNATURE, self.signature)
+
     def _entry(self, name: str) -> FileEntry:
         try:
             return self.manifest.files[name]
