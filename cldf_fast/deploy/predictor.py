@@ -22,7 +22,7 @@ from cldf_fast.data.stacks import Stack
 from cldf_fast.deploy.manifest import SealedDirectory, open_sealed
 from cldf_fast.deploy.noise import pixel_seed, standard_normal
 from cldf_fast.deploy.runtime import OnnxSession, Session, in_batches
-from cldf_fast.errors import ConfigError, DataError, IntegrityError
+from cldf_fast.errors import ConfigError, DataError, InputWarning, IntegrityError
 
 GRAPHS = ("segmentation", "labels")
 RESEARCH_USE = "Research use only; not to be used for diagnostic purposes."
@@ -85,13 +85,15 @@ class Result:
 
 @dataclass(frozen=True)
 class PredictedCase:
-    """What was written for one input. present, label_probability: as in `Result`, for its slices."""
+    """What was written for one input. present, label_probability: as in `Result`, for its slices. warnings: what is
+    doubtful about the input."""
 
     source: Path
     files: list[Path]
     present: cases.Labels
     label_probability: Floats
     foreground_pixels: int
+    warnings: tuple[InputWarning, ...]
 
 
 class Predictor:
@@ -234,7 +236,8 @@ class Predictor:
         """
         settings = self.load()
         stack = self.read(source) if isinstance(source, str) else source
-        images = cases.working_images(stack, settings.size, window=window or settings.window)
+        window = window or settings.window
+        images = cases.working_images(stack, settings.size, window=window)
         given = None
         if labels is not None:
             text = labels if isinstance(labels, str) else ",".join(labels)
@@ -248,7 +251,8 @@ class Predictor:
             class_names=settings.class_names,
             keep_probability=probability,
         )
-        return PredictedCase(stack.source, files, result.present, result.label_probability, foreground)
+        doubts = (*stack.warnings, *cases.window_doubts(stack, window))
+        return PredictedCase(stack.source, files, result.present, result.label_probability, foreground, doubts)
 
 
 def second_view(images: Floats, *, mirror: bool) -> Floats:
@@ -261,7 +265,8 @@ def _check_finite(what: str, values: Floats) -> None:
     if not finite.all():
         raise DataError(
             f"images: expected finite {what}, got NaN or infinity for image {int(finite.argmin())}; its pixels are not "
-            f"finite, or half precision overflows"
+            f"finite, or half precision overflows",
+            code="non_finite_result",
         )
 
 
