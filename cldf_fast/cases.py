@@ -17,8 +17,9 @@ from cldf_fast.errors import ConfigError, DataError, InputWarning
 
 Labels = npt.NDArray[np.bool_]
 
-# Of a study in the window's unit more than this share of the voxels lies within the window, and the middle 98% of them
-# spread over more than this share of it. CHAOS CT has {CHAOS} in a liver window.
+# Of a study in the window's unit more than this share of the voxels lies within the window, the middle 98% of them
+# spread over more than this share of it, and where the window starts below 0 some are negative. A CHAOS CT has 0.33
+# within a liver's window; with its rescale intercept added twice 0.0006, without it none below 0.
 _LEAST_WITHIN, _LEAST_SPREAD = 0.01, 0.05
 _SLICES_SEEN = 16
 
@@ -79,7 +80,8 @@ def window_doubts(stack: Stack, window: tuple[float, float] | None) -> list[Inpu
     few = stack.image[:: max(1, len(stack.image) // _SLICES_SEEN)]
     low, high = np.quantile(few, (0.01, 0.99))
     within = float(np.mean((few > window[0]) & (few < window[1])))
-    if within >= _LEAST_WITHIN and high - low >= _LEAST_SPREAD * (window[1] - window[0]):
+    spread = (high - low) / (window[1] - window[0])
+    if within >= _LEAST_WITHIN and spread >= _LEAST_SPREAD and (window[0] >= 0 or few.min() < 0):
         return []
     return [
         InputWarning(
