@@ -115,11 +115,20 @@ class DicomSeries:
         with disable_value_validation(), warnings.catch_warnings():
             # Among highdicom's warnings are some that quote the patient's name.
             warnings.simplefilter("ignore")
-            sources = [self._source(index) for index in range(len(self.files))]
-            for number, (path, stored, kind) in enumerate(outputs):
-                segmentation = _segmentation(highdicom, sources, stored, kind, class_names, number)
-                with atomic_write(path) as temporary:
-                    segmentation.save_as(temporary)
+            try:
+                sources = [self._source(index) for index in range(len(self.files))]
+                for number, (path, stored, kind) in enumerate(outputs):
+                    segmentation = _segmentation(highdicom, sources, stored, kind, class_names, number)
+                    with atomic_write(path) as temporary:
+                        segmentation.save_as(temporary)
+            except (DataError, OSError):
+                raise
+            except Exception as error:  # of a dozen unrelated types, quoting what stands in the headers
+                raise DataError(
+                    f"{self.files[0].parent}: the headers are damaged, so that a DICOM SEG can't refer to them "
+                    f"({type(error).__name__}); convert the series to NIfTI first",
+                    code="broken_header",
+                ) from error
         return [path for path, _, _ in outputs]
 
     def _source(self, index: int) -> Any:

@@ -22,6 +22,8 @@ _IMAGE_MODES = (*_GREY, "RGB")
 # A palette's colours are for the eye; its indices are the classes.
 _MASK_MODES = (*_GREY, "P")
 _EXIF_ORIENTATION = 274
+# More than any detector has; memory is taken by what headers say.
+_MAX_SIDE = 2**14
 _BITS_PER_SAMPLE = 258
 # Colours of classes 1, 2, ... in masks, repeated when they run out: red, green, blue, yellow, magenta, cyan.
 _COLOURS = ((230, 60, 50), (60, 180, 75), (65, 105, 225), (255, 210, 40), (200, 60, 200), (70, 220, 220))
@@ -133,6 +135,12 @@ def _check_file(image: Any, path: Path, expected: str, mask: bool) -> None:
     if image.format != expected:
         raise DataError(
             f"{path}: named as {expected} but holds {image.format}; save it as {expected}", code="wrong_format"
+        )
+    if max(image.size) > _MAX_SIDE:
+        raise DataError(
+            f"{path}: expected at most {_MAX_SIDE} pixels a side, the header claims {image.height} x {image.width}; "
+            f"cut the image up, or export it again",
+            code="too_large",
         )
     if getattr(image, "n_frames", 1) > 1:
         raise DataError(f"{path}: {image.n_frames} pages in one file; save one slice a file", code="several_volumes")

@@ -161,19 +161,21 @@ class Predictor:
                     f"precision: expected one of {', '.join(settings.precisions)}, which {self.folder} holds, "
                     f"got {precision!r}"
                 )
-            self._loaded = (
-                sealed,
-                settings,
-                {name: self._session(sealed, f"{name}.{precision}.onnx") for name in GRAPHS},
-            )
+            self._loaded = sealed, settings, self._sessions(sealed, precision)
         return self._loaded
 
-    def _session(self, sealed: SealedDirectory, onnx: str) -> Session:
+    def _sessions(self, sealed: SealedDirectory, precision: str) -> dict[str, Session]:
+        files = {name: f"{name}.{precision}.onnx" for name in GRAPHS}
         if self.backend == "onnx":
-            return OnnxSession(sealed.read(onnx), threads=self.threads, max_batch=self.max_batch)
+            # All of them are checked before one reaches the runtime.
+            models = {name: sealed.read(file) for name, file in files.items()}
+            return {
+                name: OnnxSession(model, threads=self.threads, max_batch=self.max_batch)
+                for name, model in models.items()
+            }
         from cldf_fast.deploy.tensorrt import TensorRTSession
 
-        return TensorRTSession.of(sealed, onnx, flavour=self.backend)
+        return {name: TensorRTSession.of(sealed, file, flavour=self.backend) for name, file in files.items()}
 
     def segment(self, images: Floats, labels: cases.Labels | None = None, *, everywhere: bool = True) -> Result:
         """Segment images float32 [N, C, S, S] in [-1, 1] at the working size.
@@ -191,7 +193,7 @@ class Predictor:
         if labels is not None and (labels.dtype != np.bool_ or labels.shape != (len(images), classes)):
             raise DataError(f"labels: expected bool {[len(images), classes]}, got {_described(labels)}")
         seen = in_batches(sessions["labels"], {"image": images, "noise": self._noise("labels", images)})
-        label_probability = seen["label_probability"]
+        label_probability = self._output(seen, "label_probability", np.float32, (classes,))
         _check_finite("label probabilities", label_probability)
         present = label_probability >= np.array(settings.label_threshold, np.float32) if labels is None else labels
         rows = np.flatnonzero(present.any(axis=1) | everywhere)
@@ -203,9 +205,20 @@ class Predictor:
             noise = self._noise("segmentation", chosen)
             inputs = {"image": chosen, "noise": noise, "present": present[rows].astype(np.float32)}
             found = in_batches(sessions["segmentation"], inputs)
-            probability[rows], mask[rows] = found["probability"], found["mask"]
+            probability[rows] = self._output(found, "probability", np.float32, probability.shape[1:])
+            mask[rows] = self._output(found, "mask", np.uint8, mask.shape[1:])
         _check_finite("probabilities", probability)
         return Result(probability, mask, present, label_probability)
+
+    def _output(self, found: dict[str, Any], name: str, dtype: type, shape: tuple[int, ...]) -> Any:
+        """An output [N, *shape] of a graph; IntegrityError where it is not what the directory's settings call for."""
+        values = found.get(name)
+        if values is None or values.dtype != dtype or values.shape[1:] != shape:
+            raise IntegrityError(
+                f"{self.folder}: expected {name} as {np.dtype(dtype)} {['N', *shape]} from a graph, got "
+                f"{'none' if values is None else _described(values)}; export again"
+            )
+        return values
 
     def _noise(self, graph: str, images: Floats) -> Floats:
         """Noise [N, V, T, C, S, S] of a graph, seeded by the pixels of each view."""

@@ -1,4 +1,4 @@
-"""What `predict` writes for a DICOM series is, pixel by pixel in the patient, what it writes for the series as NIfTI."""
+"""What `predict` writes for a DICOM series is, pixel by pixel, what it writes for the same series as NIfTI."""
 
 from __future__ import annotations
 
