@@ -206,16 +206,16 @@ class Predictor:
             inputs = {"image": chosen, "noise": noise, "present": present[rows].astype(np.float32)}
             found = in_batches(sessions["segmentation"], inputs)
             probability[rows] = self._output(found, "probability", np.float32, probability.shape[1:])
-            mask[rows] = self._output(found, "mask", np.uint8, mask.shape[1:])
+            mask[rows] = self._output(found, "mask", np.integer, mask.shape[1:])
         _check_finite("probabilities", probability)
         return Result(probability, mask, present, label_probability)
 
     def _output(self, found: dict[str, Any], name: str, dtype: type, shape: tuple[int, ...]) -> Any:
         """An output [N, *shape] of a graph; IntegrityError where it is not what the directory's settings call for."""
         values = found.get(name)
-        if values is None or values.dtype != dtype or values.shape[1:] != shape:
+        if values is None or not np.issubdtype(values.dtype, dtype) or values.shape[1:] != shape:
             raise IntegrityError(
-                f"{self.folder}: expected {name} as {np.dtype(dtype)} {['N', *shape]} from a graph, got "
+                f"{self.folder}: expected {name} as {dtype.__name__} {['N', *shape]} from a graph, got "
                 f"{'none' if values is None else _described(values)}; export again"
             )
         return values

@@ -51,12 +51,12 @@ def bright_models(size: int) -> dict[str, bytes]:
             helper.make_node("Conv", ["image", "kernel", "bias"], ["logits"], pads=[1, 1, 1, 1]),
             helper.make_node("Softmax", ["logits"], ["probability"], axis=1),
             helper.make_node("ArgMax", ["probability"], ["chosen"], axis=1, keepdims=0),
-            helper.make_node("Cast", ["chosen"], ["mask"], to=TensorProto.UINT8),
+            helper.make_node("Cast", ["chosen"], ["mask"], to=TensorProto.INT32),
         ],
         [image, noise, present],
         [
             helper.make_tensor_value_info("probability", TensorProto.FLOAT, ["batch", 3, size, size]),
-            helper.make_tensor_value_info("mask", TensorProto.UINT8, ["batch", size, size]),
+            helper.make_tensor_value_info("mask", TensorProto.INT32, ["batch", size, size]),
         ],
         {"kernel": kernel, "bias": np.array([0, 3, -8], dtype=np.float32)},
     )
