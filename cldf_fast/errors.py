@@ -119,6 +119,6 @@ class ParityError(CLDFError, RuntimeError):
 class InputWarning(UserWarning):
     """An input is used, and something about it is doubtful. code: one of WARNINGS."""
 
-    def __init__(self, message: str, *, code: str) -> None:
+    def __init__(self, message: str, *, code: str = "data") -> None:
         super().__init__(message)
         self.code = code

@@ -28,7 +28,7 @@ from cldf_fast.errors import REFUSALS, BackendError, DataError, IntegrityError
 from tests.data.test_volumes import save_series
 from tests.deploy.bright import bright_models, write_bright_engine
 
-TOTAL = int(os.environ.get("CLDF_FAST_FUZZ") or 400)
+TOTAL = int(os.environ.get("CLDF_FAST_FUZZ") or 240)
 # Kinds of files below, and two of graphs.
 EACH = TOTAL // 8
 SIZE = 16
