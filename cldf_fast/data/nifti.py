@@ -67,7 +67,7 @@ class NiftiFile:
         # Not at once, which would take the memory that the header claims. The rest is read too, for the checksum that
         # is at the end of .gz, and not kept: a few bytes can unpack to more than memory holds.
         while chunk := file.read(_CHUNK):
-            data.write(chunk[: max(0, wanted - data.tell())])
+            data.write(memoryview(chunk)[: max(0, wanted - data.tell())])
         if data.tell() < wanted:
             raise EOFError
         data.seek(0)
