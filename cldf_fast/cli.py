@@ -137,8 +137,10 @@ def segment(
             case = segment_case(cldf, record, volume, out, labels=given, window=limits, probability=probability)
         except CLDFError as error:
             refused += 1
-            typer.echo(f"refused: {error}", err=True)
+            typer.echo(f"refused ({error.code}): {error}", err=True)
             continue
+        for warning in case.warnings:
+            typer.echo(f"warning ({warning.code}): {warning}", err=True)
         found = int(case.present.any(dim=1).sum())
         typer.echo(
             f"{case.source}: {len(case.present)} slices, {found} labelled, {case.foreground_pixels} foreground pixels "
@@ -323,8 +325,10 @@ def predict(
     ):
         if outcome.status == "refused":
             refused += 1
-            typer.echo(f"refused: {outcome.reason}", err=True)
+            typer.echo(f"refused ({outcome.code}): {outcome.reason}", err=True)
         else:
+            for warning in outcome.warnings:
+                typer.echo(f"warning ({warning['code']}): {warning['reason']}", err=True)
             typer.echo(
                 f"{outcome.source}: {outcome.slices} slices, {outcome.slices_labelled} labelled, "
                 f"{outcome.foreground_pixels} foreground pixels -> {', '.join(outcome.files[:2])}"

@@ -11,19 +11,22 @@ from torch import Tensor
 
 from cldf_fast import cases
 from cldf_fast.data.volumes import Volume
+from cldf_fast.errors import InputWarning
 from cldf_fast.pipeline import CLDF
 from cldf_fast.run import DatasetRecord
 
 
 @dataclass(frozen=True)
 class SegmentedCase:
-    """What was written for one input, and the image-level labels of its slices: bool [S, K], probability [S, K]."""
+    """What was written for one input, the image-level labels of its slices (bool [S, K], probability [S, K]), and what
+    is doubtful about the input."""
 
     source: Path
     files: list[Path]
     present: Tensor
     label_probability: Tensor
     foreground_pixels: int
+    warnings: tuple[InputWarning, ...]
 
 
 def parse_labels(text: str, class_names: Sequence[str]) -> Tensor:
@@ -62,4 +65,5 @@ def segment_case(
         class_names=record.class_names,
         keep_probability=probability,
     )
-    return SegmentedCase(stack.source, files, result.present, result.label_probability, foreground_pixels)
+    doubts = (*stack.warnings, *cases.window_doubts(stack, window))
+    return SegmentedCase(stack.source, files, result.present, result.label_probability, foreground_pixels, doubts)

@@ -80,7 +80,7 @@ def test_segment_writes_masks_in_the_input_s_geometry_and_refuses_by_exit_code(t
         app, ["segment", str(trained), case, str(tmp_path / "broken.nii.gz"), "--out", str(out), "--labels", "all"]
     )
     assert result.exit_code == 3
-    assert "broken.nii.gz" in result.output
+    assert f"refused (wrong_format): {tmp_path / 'broken.nii.gz'}: " in result.output
     (written,) = out.glob("*_mask.nii.gz")
     mask = nibabel.load(written)
     assert mask.shape == (20, 24, 3)
@@ -96,6 +96,9 @@ def test_segment_names_the_channels_it_misses(trained: Path, tmp_path: Path) -> 
     assert refused.exit_code == 3
     assert "expected 2 channels, found 1" in refused.output
     assert runner.invoke(app, [*arguments, "--replicate"]).exit_code == 0
+    twice = runner.invoke(app, [*arguments[:2], f"{arguments[2]},{arguments[2]}", *arguments[3:]])
+    assert twice.exit_code == 0
+    assert f"warning (equal_channels): {arguments[2]}: channels 1 and 2 of 2 are equal" in twice.output
 
 
 def test_absent_labels_leave_an_empty_mask(trained: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from cldf_fast import __version__
 from cldf_fast.data.geometry import Geometry
-from cldf_fast.data.grid import Array, Reorientation, check_affine, to_canonical
-from cldf_fast.errors import BackendError, DataError
+from cldf_fast.data.grid import Array, Reorientation, check_affine, check_size, to_canonical
+from cldf_fast.errors import BackendError, DataError, InputWarning
 from cldf_fast.files import atomic_write
 
 # DICOM's patient axes are left, posterior, superior; ours are right, anterior, superior.
@@ -39,9 +39,16 @@ _MAY_BE_EMPTY = (
 )  # fmt: skip
 _INTEGERS = ("NumberOfFrames", "Rows", "Columns")
 _OTHERS_READ = (
-    "ImageType", "PhotometricInterpretation", "SeriesInstanceUID", "FrameOfReferenceUID", "LossyImageCompression",
-    "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing",
+    "ImageType", "PhotometricInterpretation", "Modality", "StudyInstanceUID", "SeriesInstanceUID",
+    "FrameOfReferenceUID", "LossyImageCompression", "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing",
 )  # fmt: skip
+# What the files of one series have in common: keyword, its name in errors, code of the refusal.
+_SHARED = (
+    ("StudyInstanceUID", "studies", "mixed_series"),
+    ("SeriesInstanceUID", "series", "mixed_series"),
+    ("Modality", "modalities", "mixed_series"),
+    ("FrameOfReferenceUID", "frames of reference", "mixed_frames_of_reference"),
+)
 _MUST_BE_THERE = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID")
 
 # SNOMED CT codes as (value, meaning).
@@ -74,7 +81,7 @@ class DicomSeries:
 
     files, headers: in that order, headers without pixels. reorientation: from that stack to the one handed out.
     slice_ranks: place of each slice's file among the series' files in natural name order; None where slices don't
-    correspond to files (a stack that was acquired sagittal or coronal).
+    correspond to files (a stack that was acquired sagittal or coronal). warnings: what is doubtful about the headers.
     """
 
     case: str
@@ -84,14 +91,13 @@ class DicomSeries:
     reorientation: Reorientation
     files: tuple[Path, ...] = field(repr=False)
     headers: tuple[Any, ...] = field(repr=False)
+    warnings: tuple[InputWarning, ...] = ()
 
     def load(self) -> Array:
         """The voxels float32 [S, 1, H, W], rescaled slice by slice, MONOCHROME1 inverted."""
         stored = np.empty(self.reorientation.shape, dtype=np.float32)
         for index, path in enumerate(self.files):
             stored[index] = _pixels(path, stored.shape[1:])
-        if any(header.get("LossyImageCompression") == "01" for header in self.headers):
-            warnings.warn(f"{self.files[0].parent}: the images were compressed with loss", stacklevel=2)
         return self.reorientation.apply(stored)[:, None]
 
     def write(self, mask: Array, probability: Array | None, class_names: Sequence[str], out: Path) -> list[Path]:
@@ -109,11 +115,20 @@ class DicomSeries:
         with disable_value_validation(), warnings.catch_warnings():
             # Among highdicom's warnings are some that quote the patient's name.
             warnings.simplefilter("ignore")
-            sources = [self._source(index) for index in range(len(self.files))]
-            for number, (path, stored, kind) in enumerate(outputs):
-                segmentation = _segmentation(highdicom, sources, stored, kind, class_names, number)
-                with atomic_write(path) as temporary:
-                    segmentation.save_as(temporary)
+            try:
+                sources = [self._source(index) for index in range(len(self.files))]
+                for number, (path, stored, kind) in enumerate(outputs):
+                    segmentation = _segmentation(highdicom, sources, stored, kind, class_names, number)
+                    with atomic_write(path) as temporary:
+                        segmentation.save_as(temporary)
+            except (DataError, OSError):
+                raise
+            except Exception as error:  # of a dozen unrelated types, quoting what stands in the headers
+                raise DataError(
+                    f"{self.files[0].parent}: the headers are damaged, so that a DICOM SEG can't refer to them "
+                    f"({type(error).__name__}); convert the series to NIfTI first",
+                    code="broken_header",
+                ) from error
         return [path for path, _, _ in outputs]
 
     def _source(self, index: int) -> Any:
@@ -124,7 +139,8 @@ class DicomSeries:
             if not header.get(keyword):
                 raise DataError(
                     f"{self.files[index]}: no {keyword}, so that a DICOM SEG can't refer to it; "
-                    f"convert the series to NIfTI first"
+                    f"convert the series to NIfTI first",
+                    code="missing_uid",
                 )
         for keyword in _MAY_BE_EMPTY:
             if keyword not in header:
@@ -149,18 +165,21 @@ def open_dicom(files: Sequence[Path], names: Sequence[str], case: str, source: P
     orientations = [_numbers(h, "ImageOrientationPatient", 6, p) for p, h in zip(files, headers, strict=True)]
     positions = np.stack([_numbers(h, "ImagePositionPatient", 3, p) for p, h in zip(files, headers, strict=True)])
     spacings = [_numbers(h, "PixelSpacing", 2, p) for p, h in zip(files, headers, strict=True)]
-    uids = [header.get("SeriesInstanceUID") for header in headers]
-    _check_same(files, uids, _equal, "series", "give the files of one series")
-    frames = [header.get("FrameOfReferenceUID") for header in headers]
-    _check_same(files, frames, _equal, "frames of reference", "give the files of one series")
+    for keyword, what, code in _SHARED:
+        values = [header.get(keyword) for header in headers]
+        _check_same(files, values, _equal, what, "give the files of one series", code)
     sizes = [(int(header.Rows), int(header.Columns)) for header in headers]
-    _check_same(files, sizes, _equal, "image sizes", "give the files of one series")
-    _check_same(files, spacings, _close, "pixel spacings", "give the files of one series")
-    _check_same(files, orientations, _close, "orientations", "remove localisers and other planes")
+    check_size((len(files), *sizes[0]), source)
+    _check_same(files, sizes, _equal, "image sizes", "give the files of one series", "mixed_grids")
+    _check_same(files, spacings, _close, "pixel spacings", "give the files of one series", "mixed_grids")
+    _check_same(files, orientations, _close, "orientations", "remove localisers and other planes", "mixed_grids")
 
     row, column = orientations[0].reshape(2, 3)
     if np.abs([row @ row - 1, column @ column - 1, row @ column]).max() > _COSINE:
-        raise DataError(f"{files[0]}: ImageOrientationPatient is not two perpendicular unit vectors; export it again")
+        raise DataError(
+            f"{files[0]}: ImageOrientationPatient is not two perpendicular unit vectors; export it again",
+            code="broken_orientation",
+        )
     normal = np.cross(row, column)
     heights = positions @ normal
     order = np.argsort(heights, kind="stable").tolist()
@@ -188,6 +207,7 @@ def open_dicom(files: Sequence[Path], names: Sequence[str], case: str, source: P
         reorientation=reorientation,
         files=tuple(files[i] for i in order),
         headers=tuple(headers[i] for i in order),
+        warnings=tuple(_doubts(headers, source)),
     )
 
 
@@ -204,23 +224,40 @@ def _read_header(path: Path) -> Any:
             for keyword in _OTHERS_READ:
                 header.get(keyword)
     except Exception as error:  # the parser raises errors of a dozen unrelated types on damaged bytes
-        raise DataError(f"{path}: not a readable DICOM file (truncated?); copy it again, or remove it") from error
+        raise DataError(
+            f"{path}: not a readable DICOM file (truncated?); copy it again, or remove it", code="corrupt_file"
+        ) from error
     return header
 
 
 def _check_image(path: Path, header: Any) -> None:
     if int(header.get("NumberOfFrames") or 1) > 1:
         raise DataError(
-            f"{path}: multi-frame DICOM is not read; convert it to NIfTI or to single-frame files, one a slice"
+            f"{path}: multi-frame DICOM is not read; convert it to NIfTI or to single-frame files, one a slice",
+            code="several_volumes",
         )
     if not header.get("Rows") or not header.get("Columns"):
-        raise DataError(f"{path}: a DICOM file without an image; remove it from the series")
+        raise DataError(f"{path}: a DICOM file without an image; remove it from the series", code="no_image")
     if "LOCALIZER" in (header.get("ImageType") or ()):
-        raise DataError(f"{path}: a localiser, not a slice of the series; remove it")
+        raise DataError(f"{path}: a localiser, not a slice of the series; remove it", code="localiser")
     if header.get("PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2"):
-        raise DataError(f"{path}: colour DICOM is not read; expected MONOCHROME1 or MONOCHROME2")
+        raise DataError(f"{path}: colour DICOM is not read; expected MONOCHROME1 or MONOCHROME2", code="colour")
     if not header.get("SeriesInstanceUID"):
-        raise DataError(f"{path}: no SeriesInstanceUID, so that the series can't be told; export the series again")
+        raise DataError(
+            f"{path}: no SeriesInstanceUID, so that the series can't be told; export the series again",
+            code="missing_uid",
+        )
+
+
+def _doubts(headers: Sequence[Any], source: Path) -> Iterator[InputWarning]:
+    if len(headers) == 1:
+        yield InputWarning(f"{source}: one slice has no slice distance; 1 mm is assumed", code="single_slice")
+    if any(header.get("LossyImageCompression") == "01" for header in headers):
+        yield InputWarning(f"{source}: the images were compressed with loss", code="lossy_compression")
+    if any("DERIVED" in (header.get("ImageType") or ()) for header in headers):
+        yield InputWarning(
+            f"{source}: the images were computed from others (ImageType DERIVED), not acquired", code="derived_image"
+        )
 
 
 def _numbers(header: Any, keyword: str, count: int, path: Path) -> npt.NDArray[np.float64]:
@@ -231,7 +268,8 @@ def _numbers(header: Any, keyword: str, count: int, path: Path) -> npt.NDArray[n
     if values.size != count or not np.isfinite(values).all():
         raise DataError(
             f"{path}: {keyword} is missing or not {count} numbers, and geometry is never guessed; "
-            f"export the series again from its archive"
+            f"export the series again from its archive",
+            code="missing_geometry",
         )
     return values
 
@@ -245,11 +283,18 @@ def _close(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> bool:
 
 
 def _check_same(
-    files: Sequence[Path], values: Sequence[Any], same: Callable[[Any, Any], bool], what: str, advice: str
+    files: Sequence[Path],
+    values: Sequence[Any],
+    same: Callable[[Any, Any], bool],
+    what: str,
+    advice: str,
+    code: str,
 ) -> None:
     for path, value in zip(files, values, strict=True):
         if not same(values[0], value):
-            raise DataError(f"{files[0].parent}: mixed {what}, {files[0].name} and {path.name} differ; {advice}")
+            raise DataError(
+                f"{files[0].parent}: mixed {what}, {files[0].name} and {path.name} differ; {advice}", code=code
+            )
 
 
 def _slice_step(
@@ -259,9 +304,11 @@ def _slice_step(
     files: Sequence[Path],
     source: Path,
 ) -> npt.NDArray[np.float64]:
-    """The vector in mm from one slice to the next; slices sorted along the normal, and checked to be evenly spaced."""
+    """The vector in mm from one slice to the next; slices sorted along the normal, and checked to be evenly spaced.
+
+    Of one slice alone the normal.
+    """
     if len(files) == 1:
-        warnings.warn(f"{source}: one slice has no slice distance; 1 mm is assumed", stacklevel=3)
         return normal
     gaps = np.diff(heights)
     distance = float(np.median(gaps))
@@ -270,13 +317,15 @@ def _slice_step(
     if gaps[closest] <= tolerance:
         raise DataError(
             f"{source}: {files[closest].name} and {files[closest + 1].name} have the same position; "
-            f"give one copy, echo or time point at a time"
+            f"give one copy, echo or time point at a time",
+            code="duplicate_slice",
         )
     odd = int(np.abs(gaps - distance).argmax())
     if abs(gaps[odd] - distance) > tolerance:
         raise DataError(
             f"{source}: {gaps[odd]:.6g} mm between {files[odd].name} and {files[odd + 1].name}, but {distance:.6g} mm "
-            f"between most slices: a slice is missing or out of place; export the whole series again"
+            f"between most slices: a slice is missing or out of place; export the whole series again",
+            code="missing_slice",
         )
     step: npt.NDArray[np.float64] = (positions[-1] - positions[0]) / (len(files) - 1)
     even = positions[0] + np.arange(len(files))[:, None] * step
@@ -284,7 +333,8 @@ def _slice_step(
     if away.max() > tolerance:
         raise DataError(
             f"{source}: {files[int(away.argmax())].name} lies {away.max():.3g} mm off the line of the other slices; "
-            f"export the whole series again"
+            f"export the whole series again",
+            code="misplaced_slice",
         )
     return step
 
@@ -305,10 +355,14 @@ def _pixels(path: Path, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     except Exception as error:  # decoders raise errors of a dozen unrelated types on damaged bytes
         raise DataError(
             f"{path}: the pixel data can't be decoded (truncated, or compressed in a way that needs pylibjpeg); "
-            f"copy the file again or decompress it"
+            f"copy the file again or decompress it",
+            code="undecodable_pixels",
         ) from error
     if pixels.shape != shape:
-        raise DataError(f"{path}: expected {list(shape)} pixels, found {list(pixels.shape)}; export it again")
+        raise DataError(
+            f"{path}: expected {list(shape)} pixels, found {list(pixels.shape)}; export it again",
+            code="undecodable_pixels",
+        )
     return pixels
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,8 @@ Affine = npt.NDArray[np.float64]
 
 # Cosine of the angle of axes that should be perpendicular: far above float32 rounding, far below a tilted gantry.
 _MAX_SHEAR = 1e-3
+# 8192 slices of 512 x 512; what is larger is a header that lies, and memory is taken by what headers say.
+_MAX_VOXELS = 2**31
 # World axis (0 left-right, 1 posterior-anterior, 2 inferior-superior) and direction of the slices, rows and columns.
 _CANONICAL = ((2, 1), (1, -1), (0, -1))
 
@@ -70,21 +74,38 @@ def to_canonical(affine: Affine, shape: tuple[int, int, int]) -> Reorientation:
     return Reorientation((order[0], order[1], order[2]), (flips[0], flips[1], flips[2]), shape)
 
 
+def check_size(shape: Sequence[int], source: Path) -> None:
+    """Raise DataError, naming the source, where a header claims more voxels than any scanner makes."""
+    if math.prod(shape) > _MAX_VOXELS:
+        raise DataError(
+            f"{source}: expected at most {_MAX_VOXELS} voxels, the header claims {list(shape)}; cut the volume up, or "
+            f"export it again",
+            code="too_large",
+        )
+
+
 def check_affine(affine: Affine, source: Path) -> None:
     """Raise DataError, naming the source, unless the affine is finite with three perpendicular axes of length > 0."""
     if not np.isfinite(affine).all():
-        raise DataError(f"{source}: the affine holds NaN or infinite values; export the image again with its geometry")
+        raise DataError(
+            f"{source}: the affine holds NaN or infinite values; export the image again with its geometry",
+            code="broken_affine",
+        )
     axes = affine[:3, :3]
     steps = np.linalg.norm(axes, axis=0)
     if steps.min() <= 0:
         raise DataError(
-            f"{source}: zero spacing along axis {int(steps.argmin())}; export the image again with its geometry"
+            f"{source}: zero spacing along axis {int(steps.argmin())}; export the image again with its geometry",
+            code="zero_spacing",
         )
     cosines = (axes / steps).T @ (axes / steps) - np.eye(3)
     if np.linalg.matrix_rank(axes / steps, tol=_MAX_SHEAR) < 3:
-        raise DataError(f"{source}: the affine is singular; export the image again with its geometry")
+        raise DataError(
+            f"{source}: the affine is singular; export the image again with its geometry", code="singular_affine"
+        )
     if np.abs(cosines).max() > _MAX_SHEAR:
         raise DataError(
             f"{source}: the affine is sheared (axes not perpendicular, as from a tilted gantry); "
-            f"resample the image to a rectangular grid first"
+            f"resample the image to a rectangular grid first",
+            code="sheared_affine",
         )

@@ -12,7 +12,7 @@ import numpy as np
 
 from cldf_fast.data.geometry import Geometry
 from cldf_fast.data.grid import Array
-from cldf_fast.errors import DataError
+from cldf_fast.errors import DataError, InputWarning
 from cldf_fast.files import atomic_write
 
 MASK_ENDING, PROBABILITY_ENDING = "_mask", "_probability"
@@ -22,6 +22,8 @@ _IMAGE_MODES = (*_GREY, "RGB")
 # A palette's colours are for the eye; its indices are the classes.
 _MASK_MODES = (*_GREY, "P")
 _EXIF_ORIENTATION = 274
+# More than any detector has; memory is taken by what headers say.
+_MAX_SIDE = 2**14
 _BITS_PER_SAMPLE = 258
 # Colours of classes 1, 2, ... in masks, repeated when they run out: red, green, blue, yellow, magenta, cyan.
 _COLOURS = ((230, 60, 50), (60, 180, 75), (65, 105, 225), (255, 210, 40), (200, 60, 200), (70, 220, 220))
@@ -38,6 +40,7 @@ class ImageFiles:
     files: tuple[Path, ...] = field(repr=False)
     slice_names: tuple[str, ...]
     mask: bool = False
+    warnings: tuple[InputWarning, ...] = ()
 
     @property
     def geometry(self) -> Geometry:
@@ -57,7 +60,8 @@ class ImageFiles:
             if slices[-1].shape != slices[0].shape:
                 raise DataError(
                     f"{path}: {_describe(slices[-1])}, but {self.files[0].name} has {_describe(slices[0])}; "
-                    f"give the slices of one study"
+                    f"give the slices of one study",
+                    code="mixed_grids",
                 )
         return np.stack(slices)
 
@@ -115,28 +119,44 @@ def _read(path: Path, expected: str, mask: bool) -> Array:
     except DataError:
         raise
     except Exception as error:  # decoders raise errors of a dozen unrelated types on damaged bytes
-        raise DataError(f"{path}: truncated or corrupt {expected} file; copy or export it again") from error
+        raise DataError(
+            f"{path}: truncated or corrupt {expected} file; copy or export it again", code="corrupt_file"
+        ) from error
     return np.moveaxis(pixels, 2, 0) if pixels.ndim == 3 else pixels[None]
 
 
 def _check_file(image: Any, path: Path, expected: str, mask: bool) -> None:
     lossy = "jpeg" in str(image.info.get("compression", "")).lower()
     if mask and (image.format == "JPEG" or lossy):
-        raise DataError(f"{path}: JPEG compression is lossy and changes class values; save the mask as PNG or TIFF")
+        raise DataError(
+            f"{path}: JPEG compression is lossy and changes class values; save the mask as PNG or TIFF",
+            code="lossy_mask",
+        )
     if image.format != expected:
-        raise DataError(f"{path}: named as {expected} but holds {image.format}; save it as {expected}")
+        raise DataError(
+            f"{path}: named as {expected} but holds {image.format}; save it as {expected}", code="wrong_format"
+        )
+    if max(image.size) > _MAX_SIDE:
+        raise DataError(
+            f"{path}: expected at most {_MAX_SIDE} pixels a side, the header claims {image.height} x {image.width}; "
+            f"cut the image up, or export it again",
+            code="too_large",
+        )
     if getattr(image, "n_frames", 1) > 1:
-        raise DataError(f"{path}: {image.n_frames} pages in one file; save one slice a file")
+        raise DataError(f"{path}: {image.n_frames} pages in one file; save one slice a file", code="several_volumes")
     if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
-        raise DataError(f"{path}: carries an EXIF rotation, which viewers treat differently; save it upright")
+        raise DataError(
+            f"{path}: carries an EXIF rotation, which viewers treat differently; save it upright", code="exif_rotation"
+        )
     if image.mode not in (_MASK_MODES if mask else _IMAGE_MODES):
         wanted = "grey levels or a palette of class indices" if mask else "grey levels or RGB without palette and alpha"
-        raise DataError(f"{path}: expected {wanted}, found Pillow mode {image.mode}; convert the file")
+        raise DataError(f"{path}: expected {wanted}, found Pillow mode {image.mode}; convert the file", code="colour")
     bits = _bits_per_sample(image, path)
     if (image.mode == "RGB" and bits != 8) or (image.mode == "L" and bits < 8):
         raise DataError(
             f"{path}: {bits} bits a sample in {image.mode} would be rescaled on reading; "
-            f"save it with 8 bits, or as 16-bit grey"
+            f"save it with 8 bits, or as 16-bit grey",
+            code="bit_depth",
         )
 
 

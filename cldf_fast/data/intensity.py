@@ -41,7 +41,9 @@ def normalise_study(
             raise DataError(f"window: expected low < high, got {window}")
         return np.clip((image - bottom) / (top - bottom) * (high - low) + low, low, high)
     if not np.isfinite(image).all():
-        raise DataError(f"{source}: the image holds NaN or infinite values; repair or remove this study")
+        raise DataError(
+            f"{source}: the image holds NaN or infinite values; repair or remove this study", code="non_finite"
+        )
     return np.stack([_normalise_channel(image[:, c]) for c in range(image.shape[1])], axis=1)
 
 

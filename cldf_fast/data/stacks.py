@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +22,7 @@ from cldf_fast.data.geometry import Geometry
 from cldf_fast.data.grid import Array, Floats, Mask
 from cldf_fast.data.images import MASK_ENDING, PROBABILITY_ENDING, ImageFiles
 from cldf_fast.data.nifti import open_nifti
-from cldf_fast.errors import DataError
+from cldf_fast.errors import DataError, InputWarning
 
 # Two stacks are on one grid when their affines agree to this many mm.
 _SAME_GRID_MM = 1e-3
@@ -51,6 +51,11 @@ class Origin(Protocol):
         """Place of each slice's file among the files in natural name order; None where slices aren't files."""
         ...
 
+    @property
+    def warnings(self) -> tuple[InputWarning, ...]:
+        """What is doubtful about the files, by their headers."""
+        ...
+
     def load(self) -> Array:
         """The voxels [S, C, H, W] in the stored units and a type that holds them exactly."""
         ...
@@ -67,6 +72,7 @@ class Stack:
     image: float32 [S, C, H, W], stored units after rescale slope and intercept, finite, not constant.
     geometry: (slice, row, column) to RAS+ mm; not physical for PNG and TIFF. slice_names: S names, unique.
     source: the file or folder to name in errors. origin: what `write_mask` needs to undo the reading.
+    warnings: what is doubtful about the input, though it is used.
     """
 
     image: Floats
@@ -74,6 +80,7 @@ class Stack:
     slice_names: tuple[str, ...]
     source: Path
     origin: Origin = field(repr=False)
+    warnings: tuple[InputWarning, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,14 +107,25 @@ def read_stack(path: str | Path | Sequence[str | Path], *, channels_last: bool =
     origin = _open(selection, mask=False, channels_last=channels_last)
     # A stored float64 beyond float32's range becomes infinite, and is reported as such.
     with np.errstate(over="ignore"):
-        image = np.ascontiguousarray(origin.load(), dtype=np.float32)
+        try:
+            image = np.ascontiguousarray(origin.load(), dtype=np.float32)
+        except MemoryError as error:  # of a header that lies about the size, more often than of a large image
+            raise DataError(
+                f"{selection.source}: more voxels than memory holds; check the header's sizes, or take another machine",
+                code="too_large",
+            ) from error
     finite = np.isfinite(image).reshape(len(image), -1).all(axis=1)
     if not finite.all():
         worst = origin.slice_names[int(finite.argmin())]
-        raise DataError(f"{selection.source}: slice {worst} holds NaN or infinite values; repair or remove this study")
+        raise DataError(
+            f"{selection.source}: slice {worst} holds NaN or infinite values; repair or remove this study",
+            code="non_finite",
+        )
     if image.min() == image.max():
-        raise DataError(f"{selection.source}: the image is constant; repair or remove this study")
-    return Stack(image, origin.geometry, origin.slice_names, selection.source, origin)
+        raise DataError(
+            f"{selection.source}: the image is constant; repair or remove this study", code="constant_image"
+        )
+    return Stack(image, origin.geometry, origin.slice_names, selection.source, origin, origin.warnings)
 
 
 def read_channels(paths: Sequence[str | Path]) -> Stack:
@@ -124,11 +142,13 @@ def read_channels(paths: Sequence[str | Path]) -> Stack:
         if len(other.image) != len(first.image) or other.image.shape[2:] != first.image.shape[2:]:
             raise DataError(
                 f"{other.source}: {_grid_size(other.image)}, but {first.source} has {_grid_size(first.image)}; "
-                f"resample them to one grid"
+                f"resample them to one grid",
+                code="mixed_grids",
             )
         _check_affine_like(other.geometry, other.source, first)
     image = np.concatenate([stack.image for stack in stacks], axis=1)
-    return Stack(image, first.geometry, first.slice_names, first.source, first.origin)
+    warnings = tuple(warning for stack in stacks for warning in stack.warnings)
+    return replace(first, image=image, warnings=warnings)
 
 
 def count_slices(path: str | Path | Sequence[str | Path]) -> int:
@@ -214,7 +234,10 @@ def check_output_folder(stack: Stack, out: Path) -> None:
     """Raises DataError where masks would be written beside the files that the stack was read from."""
     own = stack.source if stack.source.is_dir() else stack.source.parent
     if out.resolve() == own.resolve():
-        raise DataError(f"out: {out} is the input's own folder, whose files could be overwritten; give another folder")
+        raise DataError(
+            f"out: {out} is the input's own folder, whose files could be overwritten; give another folder",
+            code="input_folder",
+        )
 
 
 def _open(selection: _Selection, *, mask: bool, channels_last: bool) -> Origin:
@@ -222,7 +245,8 @@ def _open(selection: _Selection, *, mask: bool, channels_last: bool) -> Origin:
     if selection.format == "NIfTI":
         if len(files) > 1:
             raise DataError(
-                f"{selection.source}: {len(files)} NIfTI files; give one file, or all as channels of one study"
+                f"{selection.source}: {len(files)} NIfTI files; give one file, or all as channels of one study",
+                code="several_volumes",
             )
         return open_nifti(files[0], names[0], channels_last=channels_last)
     if selection.format == "DICOM":
@@ -238,7 +262,7 @@ def _select(path: str | Path | Sequence[str | Path], *, mask: bool) -> _Selectio
     else:
         files = [Path(item) for item in path]
         if not files:
-            raise DataError("path: expected at least one file, got an empty list")
+            raise DataError("path: expected at least one file, got an empty list", code="missing_file")
         source = files[0] if len(files) == 1 else files[0].parent
     files.sort(key=_natural_key)
     formats = [_format_of(file) for file in files]
@@ -247,16 +271,23 @@ def _select(path: str | Path | Sequence[str | Path], *, mask: bool) -> _Selectio
             raise DataError(
                 f"{file}: JPEG is lossy and changes class values; save the mask as PNG or TIFF"
                 if mask
-                else f"{file}: JPEG is not read; expected {_READ}"
+                else f"{file}: JPEG is not read; expected {_READ}",
+                code="lossy_mask" if mask else "unknown_format",
             )
         if form is None:
-            raise DataError(f"{file}: format not known; expected {_READ}")
+            raise DataError(f"{file}: format not known; expected {_READ}", code="unknown_format")
         if form != formats[0]:
-            raise DataError(f"{source}: {files[0].name} is {formats[0]}, {file.name} is {form}; give one format")
+            raise DataError(
+                f"{source}: {files[0].name} is {formats[0]}, {file.name} is {form}; give one format",
+                code="mixed_formats",
+            )
     names = [_stem(file) for file in files]
     for name, following, file in zip(names, names[1:], files[1:], strict=False):
         if name == following:
-            raise DataError(f"{file}: two slices of the same name, {name!r}, whose masks would overwrite each other")
+            raise DataError(
+                f"{file}: two slices of the same name, {name!r}, whose masks would overwrite each other",
+                code="duplicate_name",
+            )
     case = source.resolve().name if source.is_dir() else _stem(source)
     return _Selection(str(formats[0]), tuple(files), tuple(names), case, source)
 
@@ -268,14 +299,17 @@ def _list_folder(folder: Path, mask: bool) -> list[Path]:
     outputs = {*masks, *(file for file in files if _stem(file).endswith(PROBABILITY_ENDING))}
     chosen = masks if mask and masks else [file for file in files if file not in outputs]
     if not chosen:
-        raise DataError(f"{folder}: expected {_READ} files in the folder, found none (subfolders are not searched)")
+        raise DataError(
+            f"{folder}: expected {_READ} files in the folder, found none (subfolders are not searched)",
+            code="missing_file",
+        )
     return chosen
 
 
 def _format_of(file: Path) -> str | None:
     """By ending; DICOM files often have none, so also by DICOM's mark after the preamble."""
     if not file.is_file():
-        raise DataError(f"{file}: no such file or folder")
+        raise DataError(f"{file}: no such file or folder", code="missing_file")
     for ending, form in _ENDINGS.items():
         if file.name.lower().endswith(ending):
             return form
@@ -314,7 +348,8 @@ def _check_affine_like(geometry: Geometry, source: Path, like: Stack) -> None:
     distance = float(np.abs(geometry.affine - like.geometry.affine).max())
     if distance > _SAME_GRID_MM:
         raise DataError(
-            f"{source}: its affine differs from that of {like.source} by {distance:.3g} mm; resample them to one grid"
+            f"{source}: its affine differs from that of {like.source} by {distance:.3g} mm; resample them to one grid",
+            code="mixed_grids",
         )
 
 

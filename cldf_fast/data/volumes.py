@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from cldf_fast.data import stacks
 from cldf_fast.data.geometry import Geometry
 from cldf_fast.data.stacks import Origin, Stack
 from cldf_fast.data.stacks import count_slices as count_slices
+from cldf_fast.errors import InputWarning
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +22,7 @@ class Volume:
     """A `Stack` whose image is a tensor.
 
     image: float32 [S, C, H, W] on the CPU, stored units after rescale slope and intercept, finite, not constant.
-    geometry, slice_names, source, origin: as of the stack.
+    geometry, slice_names, source, origin, warnings: as of the stack.
     """
 
     image: Tensor
@@ -28,26 +30,38 @@ class Volume:
     slice_names: tuple[str, ...]
     source: Path
     origin: Origin = field(repr=False)
+    warnings: tuple[InputWarning, ...] = ()
 
     @classmethod
     def of(cls, stack: Stack) -> Volume:
         """The stack's volume, in the same memory."""
-        return cls(torch.from_numpy(stack.image), stack.geometry, stack.slice_names, stack.source, stack.origin)
+        image = torch.from_numpy(stack.image)
+        return cls(image, stack.geometry, stack.slice_names, stack.source, stack.origin, stack.warnings)
 
     @property
     def stack(self) -> Stack:
         """The volume without torch, in the same memory."""
-        return Stack(self.image.numpy(), self.geometry, self.slice_names, self.source, self.origin)
+        image = self.image.numpy()
+        return Stack(image, self.geometry, self.slice_names, self.source, self.origin, self.warnings)
 
 
 def read_volume(path: str | Path | Sequence[str | Path], *, channels_last: bool = False) -> Volume:
-    """Read one volume: see `stacks.read_stack`."""
-    return Volume.of(stacks.read_stack(path, channels_last=channels_last))
+    """Read one volume: see `stacks.read_stack`. Issues its warnings."""
+    return _warned(Volume.of(stacks.read_stack(path, channels_last=channels_last)))
 
 
 def read_channels(paths: Sequence[str | Path]) -> Volume:
-    """Read several volumes of one grid as channels, in the order given: see `stacks.read_channels`."""
-    return Volume.of(stacks.read_channels(paths))
+    """Read several volumes of one grid as channels, in the order given: see `stacks.read_channels`.
+
+    Issues their warnings.
+    """
+    return _warned(Volume.of(stacks.read_channels(paths)))
+
+
+def _warned(volume: Volume) -> Volume:
+    for warning in volume.warnings:
+        warnings.warn(warning, stacklevel=3)
+    return volume
 
 
 def read_mask(path: str | Path | Sequence[str | Path], like: Volume | None = None) -> Tensor:

@@ -26,8 +26,8 @@ from cldf_fast.errors import CLDFError, ConfigError, DataError
 from cldf_fast.files import atomic_write_text
 
 AUDIT_FIELDS = (
-    "source", "pixels_sha256", "status", "reason", "manifest_sha256", "signed", "backend", "precision", "version",
-    "seconds", "outputs_sha256", "foreground_pixels",
+    "source", "pixels_sha256", "status", "reason", "code", "warnings", "manifest_sha256", "signed", "backend",
+    "precision", "version", "seconds", "outputs_sha256", "foreground_pixels",
 )  # fmt: skip
 
 
@@ -45,11 +45,17 @@ class Part:
 
 @dataclass
 class Outcome:
-    """What became of one study, by this run or an earlier one. status: "done" or "refused"; reason: why refused."""
+    """What became of one study, by this run or an earlier one.
+
+    status: "done" or "refused"; reason: why refused, and code: of that (see `errors.REFUSALS`). warnings: "code" (see
+    `errors.WARNINGS`) and "reason" of what is doubtful about a study that is done.
+    """
 
     source: str
     status: str
     reason: str = ""
+    code: str = ""
+    warnings: list[dict[str, str]] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     slices: int = 0
     slices_labelled: int = 0
@@ -121,6 +127,7 @@ def predict(
                 except CLDFError as error:
                     # The sentence names files, and so perhaps the patient: it stays out of the log.
                     outcome.reason, entry["reason"] = str(error), type(error).__name__
+                    outcome.code = entry["code"] = error.code
                 outcome.seconds = round(time.perf_counter() - started, 3)
                 audit.append(**entry, **_provenance(predictor, outcome))
             outcomes.append(outcome)
@@ -140,7 +147,8 @@ def _put(files: Sequence[Path], out: Path, taken: Mapping[str, str]) -> list[str
         if file.name in taken:
             raise DataError(
                 f"out: {file.name} is the name of the mask of {taken[file.name]} too; segment studies whose files have "
-                f"the same names into folders of their own"
+                f"the same names into folders of their own",
+                code="output_name_taken",
             )
     for file in files:
         os.replace(file, out / file.name)
@@ -152,6 +160,7 @@ def _outcome(source: str, case: PredictedCase, files: list[str]) -> Outcome:
         source,
         "done",
         files=files,
+        warnings=[{"code": warning.code, "reason": str(warning)} for warning in case.warnings],
         slices=len(case.present),
         slices_labelled=int(case.present.any(axis=1).sum()),
         foreground_pixels=case.foreground_pixels,
@@ -162,6 +171,7 @@ def _provenance(predictor: Predictor, outcome: Outcome) -> dict[str, Any]:
     settings = predictor.load()
     return {
         "status": outcome.status,
+        "warnings": [warning["code"] for warning in outcome.warnings],
         "manifest_sha256": predictor.sealed.manifest.sha256,
         "signed": predictor.sealed.verified,
         "backend": predictor.backend,

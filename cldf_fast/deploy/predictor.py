@@ -22,7 +22,7 @@ from cldf_fast.data.stacks import Stack
 from cldf_fast.deploy.manifest import SealedDirectory, open_sealed
 from cldf_fast.deploy.noise import pixel_seed, standard_normal
 from cldf_fast.deploy.runtime import OnnxSession, Session, in_batches
-from cldf_fast.errors import ConfigError, DataError, IntegrityError
+from cldf_fast.errors import ConfigError, DataError, InputWarning, IntegrityError
 
 GRAPHS = ("segmentation", "labels")
 RESEARCH_USE = "Research use only; not to be used for diagnostic purposes."
@@ -85,13 +85,15 @@ class Result:
 
 @dataclass(frozen=True)
 class PredictedCase:
-    """What was written for one input. present, label_probability: as in `Result`, for its slices."""
+    """What was written for one input. present, label_probability: as in `Result`, for its slices. warnings: what is
+    doubtful about the input."""
 
     source: Path
     files: list[Path]
     present: cases.Labels
     label_probability: Floats
     foreground_pixels: int
+    warnings: tuple[InputWarning, ...]
 
 
 class Predictor:
@@ -159,19 +161,21 @@ class Predictor:
                     f"precision: expected one of {', '.join(settings.precisions)}, which {self.folder} holds, "
                     f"got {precision!r}"
                 )
-            self._loaded = (
-                sealed,
-                settings,
-                {name: self._session(sealed, f"{name}.{precision}.onnx") for name in GRAPHS},
-            )
+            self._loaded = sealed, settings, self._sessions(sealed, precision)
         return self._loaded
 
-    def _session(self, sealed: SealedDirectory, onnx: str) -> Session:
+    def _sessions(self, sealed: SealedDirectory, precision: str) -> dict[str, Session]:
+        files = {name: f"{name}.{precision}.onnx" for name in GRAPHS}
         if self.backend == "onnx":
-            return OnnxSession(sealed.read(onnx), threads=self.threads, max_batch=self.max_batch)
+            # All of them are checked before one reaches the runtime.
+            models = {name: sealed.read(file) for name, file in files.items()}
+            return {
+                name: OnnxSession(model, threads=self.threads, max_batch=self.max_batch)
+                for name, model in models.items()
+            }
         from cldf_fast.deploy.tensorrt import TensorRTSession
 
-        return TensorRTSession.of(sealed, onnx, flavour=self.backend)
+        return {name: TensorRTSession.of(sealed, file, flavour=self.backend) for name, file in files.items()}
 
     def segment(self, images: Floats, labels: cases.Labels | None = None, *, everywhere: bool = True) -> Result:
         """Segment images float32 [N, C, S, S] in [-1, 1] at the working size.
@@ -189,7 +193,7 @@ class Predictor:
         if labels is not None and (labels.dtype != np.bool_ or labels.shape != (len(images), classes)):
             raise DataError(f"labels: expected bool {[len(images), classes]}, got {_described(labels)}")
         seen = in_batches(sessions["labels"], {"image": images, "noise": self._noise("labels", images)})
-        label_probability = seen["label_probability"]
+        label_probability = self._output(seen, "label_probability", np.float32, (classes,))
         _check_finite("label probabilities", label_probability)
         present = label_probability >= np.array(settings.label_threshold, np.float32) if labels is None else labels
         rows = np.flatnonzero(present.any(axis=1) | everywhere)
@@ -201,9 +205,20 @@ class Predictor:
             noise = self._noise("segmentation", chosen)
             inputs = {"image": chosen, "noise": noise, "present": present[rows].astype(np.float32)}
             found = in_batches(sessions["segmentation"], inputs)
-            probability[rows], mask[rows] = found["probability"], found["mask"]
+            probability[rows] = self._output(found, "probability", np.float32, probability.shape[1:])
+            mask[rows] = self._output(found, "mask", np.integer, mask.shape[1:])
         _check_finite("probabilities", probability)
         return Result(probability, mask, present, label_probability)
+
+    def _output(self, found: dict[str, Any], name: str, dtype: type, shape: tuple[int, ...]) -> Any:
+        """An output [N, *shape] of a graph; IntegrityError where it is not what the directory's settings call for."""
+        values = found.get(name)
+        if values is None or not np.issubdtype(values.dtype, dtype) or values.shape[1:] != shape:
+            raise IntegrityError(
+                f"{self.folder}: expected {name} as {dtype.__name__} {['N', *shape]} from a graph, got "
+                f"{'none' if values is None else _described(values)}; export again"
+            )
+        return values
 
     def _noise(self, graph: str, images: Floats) -> Floats:
         """Noise [N, V, T, C, S, S] of a graph, seeded by the pixels of each view."""
@@ -234,7 +249,8 @@ class Predictor:
         """
         settings = self.load()
         stack = self.read(source) if isinstance(source, str) else source
-        images = cases.working_images(stack, settings.size, window=window or settings.window)
+        window = window or settings.window
+        images = cases.working_images(stack, settings.size, window=window)
         given = None
         if labels is not None:
             text = labels if isinstance(labels, str) else ",".join(labels)
@@ -248,7 +264,8 @@ class Predictor:
             class_names=settings.class_names,
             keep_probability=probability,
         )
-        return PredictedCase(stack.source, files, result.present, result.label_probability, foreground)
+        doubts = (*stack.warnings, *cases.window_doubts(stack, window))
+        return PredictedCase(stack.source, files, result.present, result.label_probability, foreground, doubts)
 
 
 def second_view(images: Floats, *, mirror: bool) -> Floats:
@@ -261,7 +278,8 @@ def _check_finite(what: str, values: Floats) -> None:
     if not finite.all():
         raise DataError(
             f"images: expected finite {what}, got NaN or infinity for image {int(finite.argmin())}; its pixels are not "
-            f"finite, or half precision overflows"
+            f"finite, or half precision overflows",
+            code="non_finite_result",
         )
 
 

@@ -46,19 +46,37 @@ class OnnxSession:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         try:
-            self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            # Its fallback would print to the terminal, and try the same once more.
+            self._session = onnxruntime.InferenceSession(
+                model, options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
+            self._outputs = [output.name for output in self._session.get_outputs()]
         except Exception as error:  # its own exceptions have no common base
-            raise BackendError(f"onnxruntime {onnxruntime.__version__}: can't load the model ({error})") from error
-        self._outputs = [output.name for output in self._session.get_outputs()]
+            raise BackendError(
+                f"onnxruntime {onnxruntime.__version__}: can't load the model ({_one_line(error)})"
+            ) from error
         self.max_batch = max_batch
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """See `Session`."""
-        return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+        """See `Session`. Raises BackendError where the model can't be executed, or takes or gives something else."""
+        try:
+            outputs = self._session.run(self._outputs, dict(inputs))
+        except Exception as error:  # its own exceptions have no common base
+            raise BackendError(f"onnxruntime: can't execute the model ({_one_line(error)})") from error
+        rows = len(next(iter(inputs.values())))
+        for name, output in zip(self._outputs, outputs, strict=True):
+            if not isinstance(output, np.ndarray) or output.shape[:1] != (rows,):
+                raise BackendError(f"onnxruntime: expected {rows} rows of {name!r} from the model, got something else")
+        return dict(zip(self._outputs, outputs, strict=True))
 
     def close(self) -> None:
         """See `Session`."""
         del self._session
+
+
+def _one_line(error: Exception) -> str:
+    """What it says, in printable characters: it may quote the model's bytes."""
+    return "".join(letter if letter.isprintable() else " " for letter in str(error))
 
 
 def in_batches(session: Session, inputs: Mapping[str, Array]) -> dict[str, Array]:
