@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cldf_fast.errors import ConfigError
 from cldf_fast.features import DiffusionFeatures
+from cldf_fast.models.adopted import AdoptedClassifier, AdoptedUNet
 from cldf_fast.models.conditions import label_condition, null_condition
 from cldf_fast.models.decoder import PixelDecoder
 from cldf_fast.models.layers import ResBlock
@@ -36,6 +37,8 @@ class SegmentationGraph(nn.Module):
         super().__init__()
         if cldf.decoder is None or cldf.prototypes is None:
             raise ConfigError("run: expected a trained decoder, got none; train the decoder first")
+        if isinstance(cldf.unet, AdoptedUNet):
+            raise ConfigError("cdm: a converted network can't be exported yet; train the run's own to export it")
         weight = cldf.config.segmentation.evidence_weight
         if weight:
             raise ConfigError(
@@ -97,6 +100,8 @@ class LabelGraph(nn.Module):
 
     def __init__(self, cldf: CLDF) -> None:
         super().__init__()
+        if isinstance(cldf.classifier, AdoptedClassifier):
+            raise ConfigError("classifier: a converted network can't be exported yet; train the run's own to export it")
         alpha_bar, times = cldf.saliency.levels
         self.views = _Views(cldf, average=cldf.config.evidence.average_views, alpha_bar=alpha_bar)
         self.num_views, self.num_levels = self.views.count, len(times)
