@@ -165,7 +165,7 @@ def evaluate(
                 train=packed.get("train"),
                 val=packed.get("val"),
                 # The baselines do not depend on the decoder: they are scored once, with the first.
-                baselines=() if further else baselines,
+                baselines=() if further else _applicable(baselines, cldf, quiet=quiet),
                 supervised=supervised,
                 description=_description(config, packed[split], split, cldf),
             )
@@ -273,6 +273,15 @@ def _train_decoder(cldf: CLDF, trainer: Trainer, *, masks: bool) -> tuple[PixelD
     trainer.run.path.mkdir(parents=True, exist_ok=True)
     labels = trainer.train.working_masks().to(torch.int8) if masks else trainer.pixel_labels(cldf, trainer.train)
     return fit_decoder(cldf, trainer, labels)
+
+
+def _applicable(baselines: Sequence[str], cldf: CLDF, *, quiet: bool) -> list[str]:
+    """The baselines that the run's networks can serve."""
+    if "cg_cdm" in baselines and isinstance(cldf.unet, AdoptedUNet) and not cldf.unet.conditional:
+        if not quiet:
+            print("cg_cdm: left out, because the CDM has no class table", file=sys.stderr)
+        return [name for name in baselines if name != "cg_cdm"]
+    return list(baselines)
 
 
 def _description(config: Config, data: PackedSlices, split: str, cldf: CLDF) -> dict[str, Any]:
