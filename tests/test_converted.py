@@ -99,9 +99,14 @@ def lineage(name: str, folder: Path, randomised: Randomise) -> list[str]:
     return ["--cdm", str(cdm), "--classifier", str(converted(folder / "classifier.pt", head, classifier_stated))]
 
 
-@pytest.mark.parametrize("name", LINEAGES)
-def test_a_lineage_s_networks_serve_every_command(name: str, randomised: Randomise, tmp_path: Path) -> None:
-    result = train(tmp_path, *lineage(name, tmp_path, randomised))
+@pytest.mark.parametrize(
+    ("name", "condition"), [("guided-diffusion", "null"), ("cond_ddpm_wsss", "null"), ("diffusion-anomaly", "label")]
+)
+def test_a_lineage_s_networks_serve_every_command(
+    name: str, condition: str, randomised: Randomise, tmp_path: Path
+) -> None:
+    chosen = ["--set", f"features.condition='{condition}'"]
+    result = train(tmp_path, *lineage(name, tmp_path, randomised), *chosen)
     assert result.exit_code == 0, result.output
     assert "cdm: ema_0.9999.pt, " in result.output
     run = Run(tmp_path / "run")
@@ -127,6 +132,11 @@ def test_a_lineage_s_networks_serve_every_command(name: str, randomised: Randomi
     ]
     assert runner.invoke(app, arguments).exit_code == 0
     assert len(list((tmp_path / "masks").glob("*_mask.nii.gz"))) == 1
+    # It checks itself that the exported graphs agree with the run.
+    exported = runner.invoke(
+        app, ["export", str(run.path), "--out", str(tmp_path / "engine"), "--precision", "float32"]
+    )
+    assert exported.exit_code == 0, exported.output
 
 
 def test_a_run_on_converted_networks_is_evaluated(randomised: Randomise, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cldf_fast.diffusion import Diffusion
@@ -95,8 +96,12 @@ class AdoptedUNet(nn.Module):
         self, x: Tensor, timesteps: Tensor, condition: Tensor | None, blocks: Sequence[int]
     ) -> dict[int, Tensor]:
         """As `UNet.decoder_features`, for arguments as in forward."""
+        return self.network.blocks_of(self.trained_input(x, timesteps), self.embed(timesteps, condition), blocks)
+
+    def embed(self, timesteps: Tensor, condition: Tensor | None) -> Tensor:
+        """As `UNet.embed`, for arguments as in forward."""
         own = None if condition is None or self.rows is None else condition.to(self.rows.dtype) @ self.rows
-        return self.network.decoder_features(self.trained_input(x, timesteps), timesteps, own, blocks)
+        return self.network.embed(timesteps, own)
 
 
 class AdoptedClassifier(nn.Module):
@@ -104,8 +109,10 @@ class AdoptedClassifier(nn.Module):
 
     Its logits are found by their meaning, one for each class name. Of a softmax head, logit k of a class becomes
     log p_k - log(1 - p_k): its sigmoid is the softmax's p_k, and gradients of their logarithms are the same.
-    diffusion: its own process, in terms of images in [-1, 1].
+    diffusion: its own process, in terms of images in [-1, 1]. numbers: int64 [K], the network's logit of each class.
     """
+
+    numbers: Tensor
 
     def __init__(
         self,
@@ -126,8 +133,7 @@ class AdoptedClassifier(nn.Module):
         self.multi_label = bool(description.multi_label)
         self.diffusion = _process(description, level_unit)
         self.trained_input = _TrainedInput(description)
-        logits = _meanings(description, [(name,) for name in class_names])
-        self.register_buffer("chosen", torch.eye(network.num_classes, dtype=torch.bool)[logits])
+        self.register_buffer("numbers", torch.tensor(_meanings(description, [(name,) for name in class_names])))
 
     @property
     def pooled(self) -> nn.Module:
@@ -141,11 +147,11 @@ class AdoptedClassifier(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """Logits [B, K] of x_t [B, C, H, W] at timesteps [B]."""
         logits = self.network(self.trained_input(x, timesteps), timesteps)
-        chosen = self.get_buffer("chosen")
-        own = logits[:, chosen.int().argmax(dim=1)]
+        own = logits[:, self.numbers]
         if self.multi_label:
             return own
         # Of the others' sum, and not of 1 - p_k, whose digits are gone where p_k is near 1.
+        chosen = F.one_hot(self.numbers, logits.shape[1]).bool()
         return own - logits.unsqueeze(1).masked_fill(chosen, -torch.inf).logsumexp(dim=2)
 
 
@@ -176,13 +182,17 @@ class _TrainedInput(nn.Module):
         self.register_buffer("shift", None if same else ((low + high) / 2 * signal.sqrt()).float())
         self.steps_per_time = description.timesteps / 1000 if description.rescale_timesteps else 1.0
 
+    def at(self, timesteps: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Scale and shift, each [B, 1, 1, 1], of timesteps [B] as the network is told them; None: nothing changes."""
+        if self.scale is None or self.shift is None:
+            return None
+        steps = (timesteps * self.steps_per_time).round().long()
+        return self.scale[steps].view(-1, 1, 1, 1), self.shift[steps].view(-1, 1, 1, 1)
+
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """x: [B, C, H, W]. timesteps: [B], as the network is told them."""
-        if self.scale is None or self.shift is None:
-            return x
-        steps = (timesteps * self.steps_per_time).round().long()
-        scale, shift = (table[steps].view(-1, 1, 1, 1).to(x.dtype) for table in (self.scale, self.shift))
-        return scale * x + shift
+        found = self.at(timesteps)
+        return x if found is None else found[0].to(x.dtype) * x + found[1].to(x.dtype)
 
 
 def _process(description: Description, level_unit: str) -> Diffusion:
@@ -225,7 +235,7 @@ def _class_rows(description: Description, class_names: Sequence[str]) -> Tensor:
     rows[NULL] = _meanings(description, [NULL_NAMES])[0] if has_null else healthy
     rows[HEALTHY] = healthy
     rows[HEALTHY + 1 :] = torch.tensor(classes)
-    return nn.functional.one_hot(rows, table).float()
+    return F.one_hot(rows, table).float()
 
 
 def _meanings(description: Description, wanted: Iterable[Sequence[str]]) -> list[int]:

@@ -94,6 +94,8 @@ class Description:
                 f"multi_label: expected {'none, for a UNet' if self.multi_label is not None else 'True or False'}, "
                 f"got {self.multi_label}"
             )
+        if self.multi_label is False and self.architecture.num_classes == 1:
+            raise ConfigError("multi_label: expected True for a single logit, whose softmax is always 1, got False")
         wrong = [label for label in self.labels if not 0 <= label < (self.architecture.num_classes or 0)]
         if wrong:
             raise ConfigError(

@@ -495,6 +495,9 @@ def test_an_unknown_keyword_and_what_a_classifier_is_asked(state: State, tmp_pat
         load(path, num_heads=4)
     with pytest.raises(ConfigError, match=r"state multi_label \(whether its logits go through a sigmoid each"):
         load(path, **HEADS, **PROCESS)
+    path = saved(tmp_path / "model.pt", small("classifier", num_classes=1).state_dict())
+    with pytest.raises(ConfigError, match="multi_label: expected True for a single logit"):
+        load(path, **HEADS, **HEAD, **{**PROCESS, "labels": {0: "tumour"}})
 
 
 def test_a_file_of_save_needs_no_keyword_and_takes_none(state: State, tmp_path: Path) -> None:
