@@ -35,7 +35,7 @@ STATED = [
 
 
 def main() -> None:
-    """Print a line a command: seconds and peak memory."""
+    """Print a line a command: seconds, seconds of all processors together, peak memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=[name for name in UNETS if name in CLASSIFIERS])
     parser.add_argument("folder", type=Path, help="For weights, data and the run; must not exist.")
@@ -80,7 +80,8 @@ def run(*arguments: object) -> None:
     _, status, usage = os.wait4(process, 0)
     if status:
         sys.exit(f"{' '.join(command)}: failed")
-    print(f"{arguments[0]}: {time.perf_counter() - started:.0f} s, {usage.ru_maxrss / 2**20:.1f} GiB", flush=True)
+    seconds, processor = time.perf_counter() - started, usage.ru_utime + usage.ru_stime
+    print(f"{arguments[0]}: {seconds:.0f} s, {processor:.0f} CPU s, {usage.ru_maxrss / 2**20:.1f} GiB", flush=True)
 
 
 def write_weights(network: nn.Module, path: Path) -> None:
