@@ -129,16 +129,6 @@ def test_a_lineage_s_networks_train_a_decoder_and_segment(name: str, randomised:
     assert len(list((tmp_path / "masks").glob("*_mask.nii.gz"))) == 1
 
 
-def test_a_run_on_converted_networks_is_exported(randomised: Randomise, tmp_path: Path) -> None:
-    options = lineage("diffusion-anomaly", tmp_path, randomised)
-    assert train(tmp_path, *options, "--set", "features.condition=label").exit_code == 0
-    # Export itself refuses graphs that differ from the run in torch.
-    out = str(tmp_path / "engine")
-    exported = runner.invoke(app, ["export", str(tmp_path / "run"), "--out", out, "--precision", "float32"])
-    assert exported.exit_code == 0, exported.output
-    assert "agrees with PyTorch" in exported.output
-
-
 def test_a_run_on_converted_networks_is_evaluated(randomised: Randomise, tmp_path: Path) -> None:
     assert train(tmp_path, *lineage("guided-diffusion", tmp_path, randomised)).exit_code == 0
     document = evaluate(
