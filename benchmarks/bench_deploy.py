@@ -30,6 +30,7 @@ from benchmarks.suite import ROOT, peak_memory
 from cldf_fast.deploy.export import export
 from cldf_fast.deploy.predictor import Predictor
 from cldf_fast.inference import read_case, segment_case
+from cldf_fast.models.unet import UNet
 from cldf_fast.pipeline import CLDF
 from cldf_fast.run import Run
 
@@ -79,6 +80,7 @@ def from_images(rival: str, slices: int) -> Callable[[], tuple[Tensor, ...]]:
     if rival in ("eager", "compile"):
         cldf = networks()
         if rival == "compile":
+            assert isinstance(cldf.unet, UNet)
             cldf.unet.blocks_of = torch.compile(cldf.unet.blocks_of)  # type: ignore[method-assign]
             cldf.classifier.forward = torch.compile(cldf.classifier.forward)  # type: ignore[method-assign]
 

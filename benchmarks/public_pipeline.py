@@ -46,7 +46,9 @@ from benchmarks.bench_saliency import (
     smoothed_and_scaled,
 )
 from cldf_fast.data.packing import PackedSlices
+from cldf_fast.models.classifier import NoiseAwareClassifier
 from cldf_fast.models.decoder import PixelDecoder
+from cldf_fast.models.unet import UNet
 from cldf_fast.ops import noised_batch, pixel_seed
 from cldf_fast.pipeline import CLDF
 from cldf_fast.segmentation import Prototypes
@@ -69,6 +71,7 @@ def evidence_of(cldf: CLDF) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     steps = cldf.diffusion.steps_of(settings.noise_levels)
     alpha_bar, times = cldf.diffusion.alpha_bar[steps], cldf.diffusion.network_time(steps)
     # The tools leave a network's parameters as they are: with gradients. A copy, since hooks stay in it.
+    assert isinstance(cldf.classifier, NoiseAwareClassifier)
     classifier = copy.deepcopy(cldf.classifier).requires_grad_()
     attributes = autograd_and_hooks(
         classifier,
@@ -105,13 +108,15 @@ def full_size_features(cldf: CLDF) -> Features:
     settings = cldf.config.features
     steps = cldf.diffusion.steps_of(settings.noise_levels)
     alpha_bar, times = cldf.diffusion.alpha_bar[steps], cldf.diffusion.network_time(steps)
-    blocks = [i for i, factor in enumerate(cldf.unet.output_downsample) if factor in settings.downsample]
+    unet = cldf.unet
+    assert isinstance(unet, UNet)
+    blocks = [i for i, factor in enumerate(unet.output_downsample) if factor in settings.downsample]
 
     @torch.no_grad()
     def features(x: Tensor, condition: Tensor) -> Tensor:
         by_level = []
         for x_t, step, time in zip(noised_batch(x, alpha_bar, pixel_seed(x)).split(len(x)), steps, times, strict=True):
-            maps, noise = hooked(cldf.unet, blocks, x_t, time, condition)
+            maps, noise = hooked(unet, blocks, x_t, time, condition)
             clean = cldf.diffusion.predict_x0(x_t, step.expand(len(x)), noise)
             by_level.append([*maps, clean] if settings.prediction else maps)
         return concatenated(by_level, (x.shape[2], x.shape[3])).flatten(2).transpose(1, 2)

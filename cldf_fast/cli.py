@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+
+if TYPE_CHECKING:
+    from cldf_fast.models.architecture import Kind
 
 app = typer.Typer(
     name="cldf-fast",
@@ -84,21 +87,38 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A value of the configuration, e.g. cdm.optimisation.steps=500.")
     ] = None,
+    cdm: Annotated[
+        Path | None, typer.Option(help="Converted UNet (see `convert`) to use, in place of one that is trained here.")
+    ] = None,
+    classifier: Annotated[
+        Path | None, typer.Option(help="Converted classifier to use, in place of one that is trained here.")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
 ) -> None:
     """Train the CDM, the classifier, the decoder, or all of them in this order."""
     from cldf_fast import workflow
     from cldf_fast.config import load_config, make_config
+    from cldf_fast.errors import ConfigError
+    from cldf_fast.models.adopted import network_settings
+    from cldf_fast.models.checkpoints import load
     from cldf_fast.training.fit import NETWORKS
 
     overrides = parse_overrides(set_ or [])
     if dataset is not None:
         overrides.setdefault("data", {})["dataset"] = dataset
+    converted = {}
+    for name, path, kind in (("cdm", cdm, "unet"), ("classifier", classifier, "classifier")):
+        if path is None:
+            continue
+        if network.value == name:
+            raise ConfigError(f"--{name}: expected with what is trained on it, got it with `train {name}`")
+        converted[name] = load(path, kind=cast("Kind", kind))
+        overrides.setdefault(name, {})["network"] = network_settings(converted[name].description.architecture)
     source = config or (out / "config.yaml" if (out / "config.yaml").exists() else None)
     resolved = load_config(source, overrides) if source else make_config(overrides, "command line")
-    chosen = NETWORKS if network is Networks.all else (network.value,)
-    workflow.train(resolved, chosen, data=data, out=out, resume=resume, quiet=quiet)
+    chosen = [name for name in NETWORKS if network in (Networks.all, name) and name not in converted]
+    workflow.train(resolved, chosen, data=data, out=out, resume=resume, converted=converted, quiet=quiet)
 
 
 @app.command()
@@ -361,7 +381,14 @@ def convert(
     pixel_range: Annotated[str | None, typer.Option(help="LOW,HIGH of the images trained on.")] = None,
     channel_names: Annotated[str | None, typer.Option(help="Names of the input channels, separated by commas.")] = None,
     labels: Annotated[
-        str | None, typer.Option(help="Rows of the class table, or logits, that are known: 0=healthy,1=tumour.")
+        str | None,
+        typer.Option(
+            help="Rows of the class table, or logits, that are known: 0=healthy,1=tumour. A run looks for its data's "
+            "class names, in a class table also for healthy (or none, normal), and null where there is such a row."
+        ),
+    ] = None,
+    multi_label: Annotated[
+        bool | None, typer.Option("--sigmoid/--softmax", help="A classifier's logits are independent, or compete.")
     ] = None,
     num_res_blocks: Annotated[int | None, typer.Option(min=1, help="Where tensors allow several.")] = None,
     weights: Annotated[str | None, typer.Option(help="Which of several networks in a file, e.g. ema.")] = None,
@@ -382,6 +409,7 @@ def convert(
         "pixel_range": None if pixel_range is None else parse_range("--pixel-range", pixel_range),
         "channel_names": None if channel_names is None else tuple(map(str.strip, channel_names.split(","))),
         "labels": None if labels is None else parse_label_numbers(labels),
+        "multi_label": multi_label,
         "num_res_blocks": num_res_blocks,
         "weights": weights,
     }

@@ -42,7 +42,7 @@ class ClassifierNetworkConfig(NetworkConfig):
 
     channel_mult: tuple[float, ...] = Field(default=(0.5, 1, 2, 4), min_length=1)
     resblock_updown: bool = True
-    pool: Literal["attention", "adaptive"] = "attention"
+    pool: Literal["attention", "adaptive", "spatial", "spatial_v2", "mean"] = "attention"
 
 
 class UNetConfig(NetworkConfig):
@@ -52,7 +52,10 @@ class UNetConfig(NetworkConfig):
 
 
 class DiffusionConfig(Section):
-    """The forward process. rescale_timesteps: the network reads t * 1000 / T (improved-diffusion's default)."""
+    """The forward process of networks that are trained here; converted ones have their own.
+
+    rescale_timesteps: the network reads t * 1000 / T (improved-diffusion's default).
+    """
 
     timesteps: Positive = 1000
     schedule: Literal["linear", "cosine"] = "linear"

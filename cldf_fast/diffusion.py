@@ -37,6 +37,8 @@ class Diffusion:
 
     timesteps: T. schedule: "linear" or "cosine". rescale_timesteps: networks read t * 1000 / T instead of t.
     level_unit: what noise levels are counted in, "fraction" (of T) or "alpha_bar". alpha_bar: float32 [T].
+    input_scale: b, where the schedule's noise is added to b * x (Chen 2023) and alpha_bar is to be that of x: its
+        process, divided by what makes x and the noise weigh 1 together.
     """
 
     def __init__(
@@ -45,12 +47,15 @@ class Diffusion:
         schedule: str = "linear",
         rescale_timesteps: bool = False,
         level_unit: str = "fraction",
+        input_scale: float = 1.0,
     ) -> None:
         if level_unit not in ("fraction", "alpha_bar"):
             raise ConfigError(f"level_unit: expected 'fraction' or 'alpha_bar', got {level_unit!r}")
         self.level_unit = level_unit
         self.timesteps = timesteps
-        self.alpha_bar = alpha_bars(timesteps, schedule).float()
+        share = alpha_bars(timesteps, schedule)
+        signal = input_scale**2 * share
+        self.alpha_bar = (signal / (signal + 1 - share)).float()
         self.rescale_timesteps = rescale_timesteps
 
     def step_of_fraction(self, fraction: float) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cldf_fast.diffusion import Diffusion
 from cldf_fast.errors import ConfigError
+from cldf_fast.models.adopted import AdoptedUNet
 from cldf_fast.models.reading import BlockReader, Call, ModuleReader, UNetReader
 from cldf_fast.models.unet import UNet
 from cldf_fast.ops import noised_batch, pixel_seed
@@ -34,8 +35,8 @@ class DiffusionFeatures:
 
     Images at all noise levels are stacked as rows, and a pass ends with the last block that is read.
 
-    network: in evaluation mode; the project's `UNet`, MONAI's DiffusionModelUNet, diffusers' UNet2DModel, or any module
-        whose blocks can be named.
+    network: in evaluation mode; the project's `UNet` (or `AdoptedUNet`), MONAI's DiffusionModelUNet, diffusers'
+        UNet2DModel, or any module whose blocks can be named.
     noise_levels: in the unit of `diffusion`, by default fractions of T.
     downsample: downsampling factors; every block with one of them is read. In place of it,
     blocks: names of modules whose outputs [B, C, h, w] are read, e.g. "output_blocks.5" or "up_blocks.1.resnets.0".
@@ -77,7 +78,7 @@ class DiffusionFeatures:
             raise ConfigError("noise_levels, blocks: expected at least one noise level and one block, got none")
         self.network = network
         self.reader: BlockReader
-        if isinstance(network, UNet):
+        if isinstance(network, UNet | AdoptedUNet):
             self.reader = UNetReader(network, downsample=downsample, blocks=blocks, prediction=prediction)
         elif example is None:
             raise ConfigError(

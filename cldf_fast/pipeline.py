@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from cldf_fast.config import Config, UNetConfig
 from cldf_fast.diffusion import Diffusion
-from cldf_fast.errors import CheckpointError, DataError
+from cldf_fast.errors import CheckpointError, ConfigError, DataError
 from cldf_fast.evidence import ClassifierSaliency, Evidence
 from cldf_fast.features import DiffusionFeatures, FeatureReader
+from cldf_fast.models.adopted import AdoptedClassifier, AdoptedUNet
+from cldf_fast.models.checkpoints import Loaded
 from cldf_fast.models.classifier import NoiseAwareClassifier
 from cldf_fast.models.conditions import label_condition, null_condition, num_conditions
 from cldf_fast.models.decoder import PixelDecoder
@@ -55,14 +57,48 @@ def build_classifier(config: Config, in_channels: int, num_classes: int) -> Nois
     return NoiseAwareClassifier(in_channels, num_classes=num_classes, image_size=config.data.size, **network)
 
 
+def adopt_unet(config: Config, loaded: Loaded, class_names: Sequence[str], channel_names: Sequence[str]) -> AdoptedUNet:
+    """A converted UNet as the CDM of a configuration. Raises ConfigError where it does not fit."""
+    unet = AdoptedUNet(
+        loaded,
+        class_names=class_names,
+        channel_names=channel_names,
+        size=config.data.size,
+        level_unit=config.diffusion.level_unit,
+    )
+    if config.features.condition == "label" and not unet.conditional:
+        raise ConfigError(
+            f"features.condition: expected null, because {loaded.description.source} has no class table, got label"
+        )
+    return unet
+
+
+def adopt_classifier(
+    config: Config, loaded: Loaded, class_names: Sequence[str], channel_names: Sequence[str]
+) -> AdoptedClassifier:
+    """A converted classifier as that of a configuration. Raises ConfigError where it does not fit."""
+    return AdoptedClassifier(
+        loaded,
+        class_names=class_names,
+        channel_names=channel_names,
+        size=config.data.size,
+        level_unit=config.diffusion.level_unit,
+    )
+
+
 def build_diffusion(config: Config) -> Diffusion:
     """The forward process of a configuration."""
     return Diffusion(**config.diffusion.model_dump())
 
 
-def build_saliency(config: Config, diffusion: Diffusion, classifier: NoiseAwareClassifier) -> ClassifierSaliency:
+def process_of(config: Config, network: UNet | AdoptedUNet | NoiseAwareClassifier | AdoptedClassifier) -> Diffusion:
+    """The forward process that a network of a run was trained on: the configuration's, or a converted one's own."""
+    return network.diffusion if isinstance(network, AdoptedUNet | AdoptedClassifier) else build_diffusion(config)
+
+
+def build_saliency(config: Config, classifier: NoiseAwareClassifier | AdoptedClassifier) -> ClassifierSaliency:
     """The saliency of a configuration's evidence section."""
-    evidence = config.evidence
+    evidence, diffusion = config.evidence, process_of(config, classifier)
     steps = diffusion.steps_of(evidence.noise_levels)
     return ClassifierSaliency(
         classifier,
@@ -78,11 +114,11 @@ def build_saliency(config: Config, diffusion: Diffusion, classifier: NoiseAwareC
     )
 
 
-def build_features(config: Config, diffusion: Diffusion, unet: UNet, folder: Path | None = None) -> FeatureReader:
+def build_features(config: Config, unet: UNet | AdoptedUNet, folder: Path | None = None) -> FeatureReader:
     """The feature reader of a configuration's features section; with its store, if it has one and a folder is given."""
     features = DiffusionFeatures(
         unet,
-        diffusion,
+        process_of(config, unet),
         noise_levels=config.features.noise_levels,
         downsample=config.features.downsample,
         prediction=config.features.prediction,
@@ -96,6 +132,7 @@ def build_features(config: Config, diffusion: Diffusion, unet: UNet, folder: Pat
 class CLDF:
     """Frozen CDM and classifier, and where it was trained, the pixel decoder with its prototypes.
 
+    diffusion: the CDM's process; a converted classifier may have been trained on another.
     label_threshold: float32 [K], the classifier's probability from which a class counts as present.
     store: folder that features are kept in, where the configuration says so; None: they are not.
     """
@@ -103,20 +140,20 @@ class CLDF:
     def __init__(
         self,
         config: Config,
-        unet: UNet,
-        classifier: NoiseAwareClassifier,
+        unet: UNet | AdoptedUNet,
+        classifier: NoiseAwareClassifier | AdoptedClassifier,
         decoder: PixelDecoder | None = None,
         prototypes: Prototypes | None = None,
         label_threshold: Tensor | None = None,
         store: Path | None = None,
     ) -> None:
         self.config = config
-        self.diffusion = build_diffusion(config)
+        self.diffusion = process_of(config, unet)
         self.unet = freeze(unet)
         self.classifier = freeze(classifier)
         self.num_classes = classifier.num_classes
-        self.saliency = build_saliency(config, self.diffusion, classifier)
-        self.features = build_features(config, self.diffusion, unet, store)
+        self.saliency = build_saliency(config, classifier)
+        self.features = build_features(config, unet, store)
         self.decoder = decoder if decoder is None else freeze(decoder)
         self.prototypes = prototypes
         self.label_threshold = torch.full((self.num_classes,), 0.5) if label_threshold is None else label_threshold
@@ -147,6 +184,13 @@ class CLDF:
             evidence.background_gradient,
             evidence.background_cam,
         )
+
+    def classifier_time(self, step: int) -> Tensor:
+        """What the classifier is told [1] of x_t at a step of `diffusion`: of its own process, the nearest in noise."""
+        own = process_of(self.config, self.classifier)
+        if not own.alpha_bar.equal(self.diffusion.alpha_bar):
+            step = own.step_of_alpha_bar(float(self.diffusion.alpha_bar[step]))
+        return own.network_time(torch.tensor([step]))
 
     def conditions(self, present: Tensor) -> Tensor:
         """What the CDM is conditioned on for image-level labels bool [B, K]: [B, K + 2]."""

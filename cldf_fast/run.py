@@ -3,7 +3,7 @@
 config.yaml          the resolved configuration, the seed in it
 dataset.json         class and channel names, channels, and where thresholds came from
 split.csv            patients of train, val and test
-cdm.safetensors  classifier.safetensors  decoder.safetensors
+cdm.safetensors  classifier.safetensors  decoder.safetensors      the first two may be converted networks
 prototypes.safetensors   vectors, bias, label_threshold
 metrics.jsonl  loss_<network>.png
 features/            with features.store: what the frozen CDM says of the images that were read (see store.FeatureStore)
@@ -14,6 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,10 +27,12 @@ from torch import Tensor, nn
 from cldf_fast.config import Config, load_config, save_config
 from cldf_fast.errors import CheckpointError
 from cldf_fast.files import atomic_write_text
-from cldf_fast.models.checkpoints import write_tensors
+from cldf_fast.models.adopted import AdoptedClassifier, AdoptedUNet
+from cldf_fast.models.checkpoints import Loaded, describes_itself, load, save, write_tensors
+from cldf_fast.models.classifier import NoiseAwareClassifier
 from cldf_fast.models.decoder import PixelDecoder
 from cldf_fast.models.unet import UNet
-from cldf_fast.pipeline import CLDF, build_classifier, build_diffusion, build_features, build_unet
+from cldf_fast.pipeline import CLDF, adopt_classifier, adopt_unet, build_classifier, build_features, build_unet
 from cldf_fast.segmentation import Prototypes
 
 _DECISION = "prototypes.safetensors"
@@ -90,7 +94,25 @@ class Run:
 
     def save_network(self, name: str, module: nn.Module) -> None:
         """Write a network's weights."""
-        self._write(f"{name}.safetensors", module.state_dict())
+        with self._replacing(name):
+            self._write(f"{name}.safetensors", module.state_dict())
+
+    def adopt(self, name: str, loaded: Loaded) -> None:
+        """Put a converted network in the place of a trained "cdm" or "classifier"."""
+        with self._replacing(name):
+            save(self.path / f"{name}.safetensors", loaded)
+        (self.path / f"{name}.checkpoint").unlink(missing_ok=True)
+
+    @contextmanager
+    def _replacing(self, name: str) -> Iterator[None]:
+        """Remove what was made with the network that was here before, if another one is here after."""
+        before = self.network_digests()
+        yield
+        if self.network_digests() != before:
+            # A decoder that was begun learns from other features now: resuming it would pass it off as theirs.
+            (self.path / "decoder.checkpoint").unlink(missing_ok=True)
+            if name == "cdm":
+                self.drop_features()
 
     def save_decoder(
         self, decoder: PixelDecoder, prototypes: Prototypes, label_threshold: Tensor, seed: int = 0
@@ -143,10 +165,7 @@ class Run:
         trained again after the decoder.
         """
         config, record = self.config(), self.record()
-        unet = build_unet(config.cdm.network, record.num_channels, record.num_classes)
-        classifier = build_classifier(config, record.num_channels, record.num_classes)
-        self._load_into("cdm", unet)
-        self._load_into("classifier", classifier)
+        unet, classifier = self._cdm(config, record), self._classifier(config, record)
         folder = self._seeded(seed)
         kept = self.feature_folder if store else None
         if not (decoder and folder.has("decoder")):
@@ -154,8 +173,31 @@ class Run:
         trained = folder._decoder(config, unet)
         return CLDF(config, unet, classifier, trained, *self._decision(folder, config, record), store=kept)
 
-    def _decoder(self, config: Config, unet: UNet) -> PixelDecoder:
-        channels = build_features(config, build_diffusion(config), unet).channels
+    def _cdm(self, config: Config, record: DatasetRecord) -> UNet | AdoptedUNet:
+        if self._is_converted("cdm"):
+            loaded = load(self.path / "cdm.safetensors", kind="unet")
+            return adopt_unet(config, loaded, record.class_names, record.channel_names)
+        unet = build_unet(config.cdm.network, record.num_channels, record.num_classes)
+        self._load_into("cdm", unet)
+        return unet
+
+    def _classifier(self, config: Config, record: DatasetRecord) -> NoiseAwareClassifier | AdoptedClassifier:
+        if self._is_converted("classifier"):
+            loaded = load(self.path / "classifier.safetensors", kind="classifier")
+            return adopt_classifier(config, loaded, record.class_names, record.channel_names)
+        classifier = build_classifier(config, record.num_channels, record.num_classes)
+        self._load_into("classifier", classifier)
+        return classifier
+
+    def _is_converted(self, name: str) -> bool:
+        path = self.path / f"{name}.safetensors"
+        try:
+            return path.exists() and describes_itself(path)
+        except (OSError, SafetensorError):
+            return False  # which reading the tensors explains
+
+    def _decoder(self, config: Config, unet: UNet | AdoptedUNet) -> PixelDecoder:
+        channels = build_features(config, unet).channels
         decoder = PixelDecoder(channels, hidden=config.decoder.hidden, embedding=config.decoder.embedding)
         self._load_into("decoder", decoder)
         return decoder

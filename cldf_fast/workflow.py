@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -24,8 +24,10 @@ from cldf_fast.data.packing import PackedSlices, pack
 from cldf_fast.data.splits import write_split
 from cldf_fast.errors import ConfigError
 from cldf_fast.evaluation import seeds_summary, write_metrics
+from cldf_fast.models.adopted import AdoptedUNet
+from cldf_fast.models.checkpoints import Loaded
 from cldf_fast.models.decoder import PixelDecoder
-from cldf_fast.pipeline import CLDF
+from cldf_fast.pipeline import CLDF, adopt_classifier, adopt_unet
 from cldf_fast.report import write_report
 from cldf_fast.run import DatasetRecord, Run
 from cldf_fast.segmentation import Prototypes
@@ -61,12 +63,15 @@ def train(
     data: Path | None,
     out: Path,
     resume: bool,
+    converted: Mapping[str, Loaded] | None = None,
     fabric: Fabric | None = None,
     quiet: bool = False,
 ) -> None:
     """Train networks into the run directory `out`, which is made, or continued where it exists.
 
     Without `resume` a network that is already trained or begun there is trained again from the start.
+    converted: networks that take the place of a trained "cdm" or "classifier". Raises ConfigError, before anything is
+    written, where one does not fit the configuration and the data.
     """
     fabric = fabric or make_fabric(config)
     parts = open_parts(config, data)
@@ -74,12 +79,17 @@ def train(
     run = Run(out)
     if (out / "config.yaml").exists() and run.record() != record:
         raise ConfigError(f"{out}: holds a run on other classes or channels; choose another --out")
+    notes = [_adoption(config, name, loaded, record) for name, loaded in (converted or {}).items()]
     if fabric.is_global_zero:
         run.create(config, record)
+        for name, loaded in (converted or {}).items():
+            run.adopt(name, loaded)
         write_split({name: part.subjects for name, part in parts.items()}, run.split_file)
         if not quiet:
             patients = len(parts["train"].subjects)
             print(f"{', '.join(networks)} on {patients} patients of {config.data.dataset} -> {out}", file=sys.stderr)
+            for note in notes:
+                print(note, file=sys.stderr)
     fabric.barrier()
     trainer = Trainer(
         config,
@@ -155,7 +165,7 @@ def evaluate(
                 train=packed.get("train"),
                 val=packed.get("val"),
                 # The baselines do not depend on the decoder: they are scored once, with the first.
-                baselines=() if further else baselines,
+                baselines=() if further else _applicable(baselines, cldf, quiet=quiet),
                 supervised=supervised,
                 description=_description(config, packed[split], split, cldf),
             )
@@ -232,6 +242,22 @@ def draw_loss_curves(run: Run) -> None:
         pyplot.close(figure)
 
 
+def _adoption(config: Config, name: str, loaded: Loaded, record: DatasetRecord) -> str:
+    """A line on what a converted network is taken for. Raises ConfigError where it does not fit."""
+    adopt = {"cdm": adopt_unet, "classifier": adopt_classifier}[name]
+    network, description = adopt(config, loaded, record.class_names, record.channel_names), loaded.description
+    line = (
+        f"{name}: {description.source}, {description.timesteps} {description.schedule} steps, pixels "
+        f"{description.pixel_range[0]:g} to {description.pixel_range[1]:g}"
+    )
+    if isinstance(network, AdoptedUNet):
+        row = network.null_row
+        return f"{line}; no condition is " + (
+            "what it knows" if row is None else f"row {row}, {description.labels[row]}"
+        )
+    return f"{line}; {'sigmoid' if description.multi_label else 'softmax'} over {loaded.network.num_classes} logits"
+
+
 def _parts(config: Config, data: Path | None, split: str) -> dict[str, SliceDataset]:
     if split == "all":
         from cldf_fast.data import open_dataset
@@ -247,6 +273,15 @@ def _train_decoder(cldf: CLDF, trainer: Trainer, *, masks: bool) -> tuple[PixelD
     trainer.run.path.mkdir(parents=True, exist_ok=True)
     labels = trainer.train.working_masks().to(torch.int8) if masks else trainer.pixel_labels(cldf, trainer.train)
     return fit_decoder(cldf, trainer, labels)
+
+
+def _applicable(baselines: Sequence[str], cldf: CLDF, *, quiet: bool) -> list[str]:
+    """The baselines that the run's networks can serve."""
+    if "cg_cdm" in baselines and isinstance(cldf.unet, AdoptedUNet) and not cldf.unet.conditional:
+        if not quiet:
+            print("cg_cdm: left out, because the CDM has no class table", file=sys.stderr)
+        return [name for name in baselines if name != "cg_cdm"]
+    return list(baselines)
 
 
 def _description(config: Config, data: PackedSlices, split: str, cldf: CLDF) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from cldf_fast.diffusion import Diffusion
 from cldf_fast.errors import ConfigError
 from cldf_fast.features import DiffusionFeatures
 from cldf_fast.models.unet import UNet
-from cldf_fast.pipeline import CLDF, build_diffusion, build_features
+from cldf_fast.pipeline import CLDF, build_features
 from cldf_fast.run import DatasetRecord, Run
 from cldf_fast.store import FeatureStore
 
@@ -418,15 +418,15 @@ def configured(config: Config, **values: Any) -> Config:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_precision_and_store_are_configured(tiny_config: Config, tiny_cldf: CLDF, tmp_path: Path, dtype: str) -> None:
-    plain = build_features(configured(tiny_config, dtype=dtype), build_diffusion(tiny_config), tiny_cldf.unet, tmp_path)
+    plain = build_features(configured(tiny_config, dtype=dtype), tiny_cldf.unet, tmp_path)
     assert isinstance(plain, DiffusionFeatures)
     assert plain.dtype == getattr(torch, dtype)
     config = configured(tiny_config, dtype=dtype, store="int8", store_gib=0.5)
-    stored = build_features(config, build_diffusion(config), tiny_cldf.unet, tmp_path)
+    stored = build_features(config, tiny_cldf.unet, tmp_path)
     assert isinstance(stored, FeatureStore)
     assert (stored.dtype, stored.max_bytes, stored.folder) == (torch.int8, 2**29, tmp_path)
     assert stored.features.dtype == getattr(torch, dtype)
-    assert isinstance(build_features(config, build_diffusion(config), tiny_cldf.unet), DiffusionFeatures)
+    assert isinstance(build_features(config, tiny_cldf.unet), DiffusionFeatures)
 
 
 def test_a_run_keeps_features_only_where_it_is_asked_to(tiny_cldf: CLDF, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def _cam(method: str, cldf: CLDF, slices: _Slices, context: BaselineContext) -> 
         return slices.evidence.cam
     evidence = cldf.config.evidence.model_copy(update={"cam": method})
     config = cldf.config.model_copy(update={"evidence": evidence})
-    saliency = build_saliency(config, cldf.diffusion, cldf.classifier)
+    saliency = build_saliency(config, cldf.classifier)
     if method == "gradcam":
         # Its usual place, before the pooling. Earlier maps go through group norms, which take the mean out of their
         # gradients (all of it where a group is one channel), and the mean is what GradCAM weighs the maps by.

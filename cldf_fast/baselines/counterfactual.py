@@ -59,7 +59,8 @@ class CGDiff:
         null = null_condition(len(x_t), cldf.num_classes, x_t.device)
         with torch.enable_grad():
             guided = x_t.detach().requires_grad_(True)
-            log_absent = F.logsigmoid(-cldf.classifier(guided, times)).gather(1, target.unsqueeze(1))
+            told = cldf.classifier_time(max(step, 0)).to(times.device).expand(len(x_t))
+            log_absent = F.logsigmoid(-cldf.classifier(guided, told)).gather(1, target.unsqueeze(1))
             (gradient,) = torch.autograd.grad(log_absent.sum(), guided)
         strength = self.scale * (1 - cldf.diffusion.alpha_bar[max(step, 0)]).sqrt()
         noise: Tensor = cldf.unet(x_t, times, null)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cldf_fast.errors import ConfigError
 from cldf_fast.features import DiffusionFeatures
+from cldf_fast.models.adopted import AdoptedClassifier, AdoptedUNet
 from cldf_fast.models.conditions import label_condition, null_condition
 from cldf_fast.models.decoder import PixelDecoder
 from cldf_fast.models.layers import ResBlock
@@ -51,12 +52,16 @@ class SegmentationGraph(nn.Module):
         self.blocks, self.prediction = reader.blocks, reader.prediction
         self.with_condition = cldf.config.features.condition == "label"
         times = cldf.features.times
+        adopted = cldf.unet if isinstance(cldf.unet, AdoptedUNet) else None
+        unet = cldf.unet.network if isinstance(cldf.unet, AdoptedUNet) else cldf.unet
+        self.trained_input = _TrainedInput(adopted, times)
         if self.with_condition:
-            self.unet = _copied(cldf.unet)
+            self.unet = _copied(unet)
             self.register_buffer("times", times)
+            self.register_buffer("rows", None if adopted is None else adopted.rows)
         else:
             null = null_condition(len(times), cldf.num_classes)
-            self.unet = _folded(cldf.unet, cldf.unet.embed(times, null))
+            self.unet = _folded(unet, cldf.unet.embed(times, null))
         size = cldf.config.data.size
         factors = [self.unet.output_downsample[block] for block in self.blocks] + [1] * self.prediction
         self.decoder = _Decoder(cldf.decoder, size, [size // factor for factor in factors])
@@ -71,7 +76,7 @@ class SegmentationGraph(nn.Module):
         noised = self.views(image, noise)
         embedding = self._condition(present) if self.with_condition else noised[:, 0, 0, :1]
         last = len(self.unet.output_blocks) - 1
-        read = self.unet.blocks_of(noised, embedding, [*self.blocks, *[last] * self.prediction])
+        read = self.unet.blocks_of(self.trained_input(noised), embedding, [*self.blocks, *[last] * self.prediction])
         maps = [read[block] for block in self.blocks]
         if self.prediction:
             channels = image.shape[1]
@@ -86,6 +91,8 @@ class SegmentationGraph(nn.Module):
         """Embeddings [B * V * T, E] of all rows."""
         rows = self.num_views * self.num_levels
         condition = label_condition(present > 0.5).repeat_interleave(rows, dim=0)
+        if self._buffers["rows"] is not None:
+            condition = condition @ self.get_buffer("rows")
         return self.unet.embed(self.get_buffer("times").repeat(condition.shape[0] // self.num_levels), condition)
 
 
@@ -100,14 +107,22 @@ class LabelGraph(nn.Module):
         alpha_bar, times = cldf.saliency.levels
         self.views = _Views(cldf, average=cldf.config.evidence.average_views, alpha_bar=alpha_bar)
         self.num_views, self.num_levels = self.views.count, len(times)
-        self.classifier = _folded(cldf.classifier, cldf.classifier.embed(times))
+        adopted = cldf.classifier if isinstance(cldf.classifier, AdoptedClassifier) else None
+        classifier = cldf.classifier.network if isinstance(cldf.classifier, AdoptedClassifier) else cldf.classifier
+        self.trained_input = _TrainedInput(adopted, times)
+        self.multi_label = adopted is None or adopted.multi_label
+        self.numbers = None if adopted is None else adopted.numbers.tolist()
+        self.classifier = _folded(classifier, classifier.embed(times))
 
     def forward(self, image: Tensor, noise: Tensor) -> Tensor:
         """Probabilities float32 [B, K]; image and noise as in `SegmentationGraph`."""
         noised = self.views(image, noise)
-        logits = self.classifier.logits(noised, noised[:, 0, 0, :1])
+        logits = self.classifier.logits(self.trained_input(noised), noised[:, 0, 0, :1])
         # The same as float32's logsigmoid and exp, without either.
-        return logits.sigmoid().reshape(-1, self.num_views * self.num_levels, logits.shape[1]).mean(dim=1)
+        probability = logits.sigmoid() if self.multi_label else logits.softmax(dim=1)
+        if self.numbers is not None:
+            probability = probability[:, self.numbers]
+        return probability.reshape(-1, self.num_views * self.num_levels, probability.shape[1]).mean(dim=1)
 
 
 class _Views(nn.Module):
@@ -140,6 +155,22 @@ class _Views(nn.Module):
             return maps
         first, second = maps.reshape(-1, 2, *maps.shape[1:]).unbind(1)
         return (first + second_view(second, mirror=self.mirror, back=True)) / 2
+
+
+class _TrainedInput(nn.Module):
+    """x_t of rows as a converted network was trained on them, row r at noise level r mod T; None: as they are."""
+
+    def __init__(self, network: AdoptedUNet | AdoptedClassifier | None, times: Tensor) -> None:
+        super().__init__()
+        scale, shift = (None if network is None else network.trained_input.at(times)) or (None, None)
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def forward(self, noised: Tensor) -> Tensor:
+        if self._buffers["scale"] is None:
+            return noised
+        scale, shift = self.get_buffer("scale"), self.get_buffer("shift")
+        return (noised.reshape(-1, len(scale), *noised.shape[1:]) * scale + shift).flatten(0, 1)
 
 
 class _Decoder(nn.Module):

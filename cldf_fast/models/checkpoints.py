@@ -43,6 +43,7 @@ class Stated(TypedDict, total=False):
     pixel_range: lowest and highest pixel of the images trained on: (-1, 1), or (0, 1).
     channel_names: meaning of the input channels, in order.
     labels: meaning of rows of the class table, or of the classifier's logits; as many as are known.
+    multi_label: whether a classifier's logits are independent (sigmoid), or compete (softmax).
     num_res_blocks: where a classifier's tensors allow several. weights: which of several networks in a file ("ema").
     """
 
@@ -55,6 +56,7 @@ class Stated(TypedDict, total=False):
     pixel_range: tuple[float, float]
     channel_names: tuple[str, ...]
     labels: Mapping[int, str]
+    multi_label: bool
     num_res_blocks: int
     weights: str
 
@@ -63,7 +65,7 @@ class Stated(TypedDict, total=False):
 class Description:
     """All that is known of a network: its architecture, and what its inputs and outputs mean (see `Stated`).
 
-    source: the file or library that it came from.
+    source: the file or library that it came from. multi_label: None of a UNet.
     """
 
     architecture: Architecture
@@ -74,6 +76,7 @@ class Description:
     channel_names: tuple[str, ...]
     labels: Mapping[int, str]
     source: str
+    multi_label: bool | None = None
 
     def __post_init__(self) -> None:
         low, high = self.pixel_range
@@ -86,6 +89,13 @@ class Description:
                 f"channel_names: expected {self.architecture.in_channels} names, one for each input channel, "
                 f"got {list(self.channel_names)}"
             )
+        if (self.multi_label is None) != (self.architecture.kind == "unet"):
+            raise ConfigError(
+                f"multi_label: expected {'none, for a UNet' if self.multi_label is not None else 'True or False'}, "
+                f"got {self.multi_label}"
+            )
+        if self.multi_label is False and self.architecture.num_classes == 1:
+            raise ConfigError("multi_label: expected True for a single logit, whose softmax is always 1, got False")
         wrong = [label for label in self.labels if not 0 <= label < (self.architecture.num_classes or 0)]
         if wrong:
             raise ConfigError(
@@ -161,6 +171,14 @@ def save(path: str | Path, loaded: Loaded) -> None:
     write_tensors(path, loaded.network.state_dict(), {_METADATA: loaded.description.to_json()})
 
 
+def describes_itself(path: str | Path) -> bool:
+    """Whether a safetensors file is one that `save` wrote. Raises what safetensors does where it can't be read."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return _METADATA in (file.metadata() or {})
+
+
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors as safetensors, in one step: see `files.atomic_write`."""
     from safetensors.torch import save_file
@@ -223,7 +241,11 @@ def _describe(name: str, architecture: Architecture, stated: Stated) -> Descript
         "rescale_timesteps": "whether the network is told t or t * 1000 / T",
         "pixel_range": "that of the images trained on, (-1, 1) or (0, 1)",
         "channel_names": f"what the {architecture.in_channels} input channels are, in order",
-    } | ({"labels": f"what the {architecture.num_classes} {classes} mean"} if architecture.num_classes else {})
+    }
+    if architecture.num_classes:
+        reasons["labels"] = f"what the {architecture.num_classes} {classes} mean"
+    if architecture.kind == "classifier":
+        reasons["multi_label"] = "whether its logits go through a sigmoid each, or through a softmax"
     missing += [f"{key} ({reason})" for key, reason in reasons.items() if not _is_stated(stated.get(key))]
     if missing:
         raise ConfigError(
@@ -237,6 +259,7 @@ def _describe(name: str, architecture: Architecture, stated: Stated) -> Descript
         pixel_range=stated["pixel_range"],
         channel_names=tuple(stated["channel_names"]),
         labels=dict(stated.get("labels", {})),
+        multi_label=stated.get("multi_label"),
         source=name,
     )
 

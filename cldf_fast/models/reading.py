@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cldf_fast.errors import ConfigError, DataError
+from cldf_fast.models.adopted import AdoptedUNet
 from cldf_fast.models.unet import UNet
 from cldf_fast.ops._arguments import check_tensor
 
@@ -45,7 +46,12 @@ class UNetReader:
     """Reads blocks of the project's UNet by their downsampling factors, or by names output_blocks.<i>."""
 
     def __init__(
-        self, unet: UNet, *, downsample: Sequence[int] | None, blocks: Sequence[str] | None, prediction: bool
+        self,
+        unet: UNet | AdoptedUNet,
+        *,
+        downsample: Sequence[int] | None,
+        blocks: Sequence[str] | None,
+        prediction: bool,
     ) -> None:
         self.unet = unet
         if blocks is None:

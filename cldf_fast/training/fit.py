@@ -109,13 +109,7 @@ class Trainer:
             quiet=self.quiet,
         )
         if self.fabric.is_global_zero:
-            before = self.run.network_digests()
             self.run.save_network(name, trained)
-            if self.run.network_digests() != before:
-                # A decoder that was begun learns from other features now: resuming it would pass it off as theirs.
-                (self.run.path / "decoder.checkpoint").unlink(missing_ok=True)
-                if name == "cdm":
-                    self.run.drop_features()
 
 
 def fit_decoder(cldf: CLDF, trainer: Trainer, labels: Tensor) -> tuple[PixelDecoder, Prototypes, Tensor]:

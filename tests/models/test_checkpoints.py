@@ -48,6 +48,7 @@ PROCESS: dict[str, Any] = {
     "channel_names": ("t1", "flair"),
     "labels": {0: "healthy", 2: "kidneys"},
 }
+HEAD: dict[str, Any] = {"multi_label": False}
 HEADS: dict[str, Any] = {"num_head_channels": 8, "new_attention_order": False}
 SHAPE: dict[str, Any] = {"channel_mult": (1, 2), "num_res_blocks": 2, "attention_downsample": (2,), "num_classes": 3}
 
@@ -104,7 +105,7 @@ def test_published_classifiers_load(name: str, layout: Layout, tmp_path: Path) -
     arguments, *expected = CLASSIFIERS[name]
     with torch.device("meta"):
         network = NoiseAwareClassifier(**arguments)
-    stated = {**PROCESS, "num_head_channels": 64, "new_attention_order": False, "labels": {1: "tumour"}}
+    stated = {**PROCESS, **HEAD, "num_head_channels": 64, "new_attention_order": False, "labels": {1: "tumour"}}
     stated["channel_names"] = tuple(f"channel {i}" for i in range(arguments["in_channels"]))
     loaded, description = load(saved(tmp_path / "model.pt", spread(network)), kind="classifier", **stated)
     assert layout(loaded) == tuple(expected)
@@ -297,12 +298,13 @@ def test_a_converted_classifier_follows_the_equations(
     randomised: Randomise, tmp_path: Path, pool: str, updown: bool
 ) -> None:
     source = randomised(small("classifier", pool=pool, image_size=8, resblock_updown=updown)).state_dict()
-    loaded = load(saved(tmp_path / "classifier_model.pt", source), **HEADS, **PROCESS)
+    loaded = load(saved(tmp_path / "classifier_model.pt", source), **HEADS, **HEAD, **PROCESS)
     save(tmp_path / "classifier.safetensors", loaded)
     network, description = load(tmp_path / "classifier.safetensors", kind="classifier")
     x, t = torch.randn(2, 2, 8, 8), torch.tensor([3.25, 870.0])
     expected = Equations(source, scale_shift=True, updown=updown, new_order=False).classifier(x, t, pool)
     torch.testing.assert_close(network(x, t).double(), expected, rtol=1e-5, atol=1e-5)
+    assert description.multi_label is False
     assert description.architecture.pool == pool
     assert description.architecture.image_size == (8 if pool == "attention" else None)
 
@@ -476,6 +478,7 @@ def test_an_unconditional_network_needs_no_labels(tmp_path: Path) -> None:
         ({"labels": {3: "spleen"}}, "labels: expected numbers below 3"),
         ({"num_head_channels": 12}, "num_head_channels: 12 does not divide 32 channels"),
         ({"num_heads": 4}, "num_heads, num_head_channels: expected one of the two, got both"),
+        ({"multi_label": True}, "multi_label: expected none, for a UNet, got True"),
         ({"num_res_blocks": 4}, "fit no number of levels with num_res_blocks=4"),
     ],
 )
@@ -484,12 +487,17 @@ def test_wrong_statements_are_refused(changes: dict[str, Any], sentence: str, st
         load(saved(tmp_path / "model.pt", state), **{**HEADS, **PROCESS, **changes})
 
 
-def test_an_unknown_keyword_and_heads_of_a_classifier(state: State, tmp_path: Path) -> None:
+def test_an_unknown_keyword_and_what_a_classifier_is_asked(state: State, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="unexpected keyword 'heads'"):
         load(saved(tmp_path / "model.pt", state), heads=4)
     path = saved(tmp_path / "model.pt", small("classifier").state_dict())
     with pytest.raises(ConfigError, match="num_heads: a classifier's heads are stated by num_head_channels"):
         load(path, num_heads=4)
+    with pytest.raises(ConfigError, match=r"state multi_label \(whether its logits go through a sigmoid each"):
+        load(path, **HEADS, **PROCESS)
+    path = saved(tmp_path / "model.pt", small("classifier", num_classes=1).state_dict())
+    with pytest.raises(ConfigError, match="multi_label: expected True for a single logit"):
+        load(path, **HEADS, **HEAD, **{**PROCESS, "labels": {0: "tumour"}})
 
 
 def test_a_file_of_save_needs_no_keyword_and_takes_none(state: State, tmp_path: Path) -> None:
