@@ -284,6 +284,10 @@ def predict(
     num_parts: Annotated[int, typer.Option(min=1, help="Processes that share the inputs.")] = 1,
     part_id: Annotated[int, typer.Option(min=0, help="Which of them this is.")] = 0,
     continue_: Annotated[bool, typer.Option("--continue", help="Leave out what an earlier run has done.")] = False,
+    ood: Annotated[
+        str,
+        typer.Option(help="At most accept, warn of, or refuse inputs that are unlike the images trained on."),
+    ] = "warn",
 ) -> None:
     """Segment images with an engine directory, without torch. Exit code 3: some inputs were refused."""
     from cldf_fast.deploy.prediction import Part, predict
@@ -301,7 +305,10 @@ def predict(
         window=None if window is None else parse_range("--window", window),
         probability=probability,
         replicate=replicate,
+        ood=ood,
     ):
+        if isinstance(outcome.ood, dict) and outcome.ood["status"] == "warn":
+            typer.echo(f"warning: {outcome.source}: is unlike the images trained on, see summary.json", err=True)
         if outcome.status == "refused":
             refused += 1
             typer.echo(f"refused: {outcome.reason}", err=True)

@@ -1,5 +1,9 @@
 """The errors that users meet: each message names what was wrong, what was expected and what to do, in a sentence."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class CLDFError(Exception):
     """Base of every error that this package raises on purpose; the command line prints it without a traceback."""
@@ -7,6 +11,15 @@ class CLDFError(Exception):
 
 class DataError(CLDFError, ValueError):
     """An input file or array can't be used: corrupt, truncated, wrong shape or geometry, not finite, constant."""
+
+
+class UnlikeTrainingError(DataError):
+    """A study is unlike the images that the networks were trained on, further than a policy allows."""
+
+    def __init__(self, message: str, scores: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.scores = scores
+        """As `deploy.ood.Judgement.to_json` gives them."""
 
 
 class SplitError(DataError):

@@ -21,13 +21,14 @@ from typing import Any
 from cldf_fast import __version__
 from cldf_fast.data.stacks import Stack, check_output_folder
 from cldf_fast.deploy.audit import AuditLog, pseudonym, pseudonym_key
+from cldf_fast.deploy.ood import LEVELS
 from cldf_fast.deploy.predictor import PredictedCase, Predictor
-from cldf_fast.errors import CLDFError, ConfigError, DataError
+from cldf_fast.errors import CLDFError, ConfigError, DataError, UnlikeTrainingError
 from cldf_fast.files import atomic_write_text
 
 AUDIT_FIELDS = (
     "source", "pixels_sha256", "status", "reason", "manifest_sha256", "signed", "backend", "precision", "version",
-    "seconds", "outputs_sha256", "foreground_pixels",
+    "seconds", "outputs_sha256", "foreground_pixels", "ood", "ood_scores",
 )  # fmt: skip
 
 
@@ -45,7 +46,11 @@ class Part:
 
 @dataclass
 class Outcome:
-    """What became of one study, by this run or an earlier one. status: "done" or "refused"; reason: why refused."""
+    """What became of one study, by this run or an earlier one. status: "done" or "refused"; reason: why refused.
+
+    ood: how unlike the training images it is, as `deploy.ood.Judgement.to_json` gives it, or "not available" where the
+    directory has no such score; None where the study was refused before that.
+    """
 
     source: str
     status: str
@@ -55,6 +60,7 @@ class Outcome:
     slices_labelled: int = 0
     foreground_pixels: int = 0
     seconds: float = 0.0
+    ood: dict[str, Any] | str | None = None
 
 
 def predict(
@@ -68,6 +74,7 @@ def predict(
     window: tuple[float, float] | None = None,
     probability: bool = False,
     replicate: bool = False,
+    ood: str = "warn",
 ) -> Iterator[Outcome]:
     """Segment studies and write their masks to the folder `out`; yields what became of each, in order.
 
@@ -77,6 +84,8 @@ def predict(
     Raises IntegrityError, BackendError, EngineMismatchError or ConfigError, before any study, where the predictor or an
     argument can't be used.
     """
+    if ood not in LEVELS:
+        raise ConfigError(f"ood: expected one of {', '.join(LEVELS)}, got {ood!r}")
     part = part or Part()
     predictor.load()
     out.mkdir(parents=True, exist_ok=True)
@@ -114,13 +123,16 @@ def predict(
                     entry["pixels_sha256"] = hashlib.sha256(stack.image.tobytes()).hexdigest()
                     check_output_folder(stack, out)
                     with TemporaryDirectory(prefix=".partial-", dir=out) as beside:
-                        case = predictor.predict(stack, beside, labels=labels, window=window, probability=probability)
+                        case = predictor.predict(
+                            stack, beside, labels=labels, window=window, probability=probability, ood=ood
+                        )
                         hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in case.files]
                         files = _put(case.files, out, taken | _names(outcomes))
                     outcome, entry["outputs_sha256"] = _outcome(source, case, files), hashes
                 except CLDFError as error:
                     # The sentence names files, and so perhaps the patient: it stays out of the log.
                     outcome.reason, entry["reason"] = str(error), type(error).__name__
+                    outcome.ood = error.scores if isinstance(error, UnlikeTrainingError) else None
                 outcome.seconds = round(time.perf_counter() - started, 3)
                 audit.append(**entry, **_provenance(predictor, outcome))
             outcomes.append(outcome)
@@ -155,6 +167,7 @@ def _outcome(source: str, case: PredictedCase, files: list[str]) -> Outcome:
         slices=len(case.present),
         slices_labelled=int(case.present.any(axis=1).sum()),
         foreground_pixels=case.foreground_pixels,
+        ood="not available" if case.ood is None else case.ood.to_json(),
     )
 
 
@@ -169,6 +182,8 @@ def _provenance(predictor: Predictor, outcome: Outcome) -> dict[str, Any]:
         "version": __version__,
         "seconds": outcome.seconds,
         "foreground_pixels": outcome.foreground_pixels,
+        "ood": outcome.ood["status"] if isinstance(outcome.ood, dict) else outcome.ood,
+        "ood_scores": [*outcome.ood["scores"].values()] if isinstance(outcome.ood, dict) else None,
     }
 
 

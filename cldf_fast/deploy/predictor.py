@@ -19,12 +19,15 @@ import numpy as np
 from cldf_fast import cases
 from cldf_fast.data.grid import Floats, Mask
 from cldf_fast.data.stacks import Stack
+from cldf_fast.deploy import ood as unlike
 from cldf_fast.deploy.manifest import SealedDirectory, open_sealed
 from cldf_fast.deploy.noise import pixel_seed, standard_normal
 from cldf_fast.deploy.runtime import OnnxSession, Session, in_batches
-from cldf_fast.errors import ConfigError, DataError, IntegrityError
+from cldf_fast.errors import ConfigError, DataError, IntegrityError, UnlikeTrainingError
 
 GRAPHS = ("segmentation", "labels")
+BOTTLENECK = "bottleneck"
+"""A third graph, of directories that have a score of how unlike the training images a study is."""
 RESEARCH_USE = "Research use only; not to be used for diagnostic purposes."
 
 
@@ -34,6 +37,7 @@ class Settings:
 
     size: working size S. views, levels: of the noise that each graph wants, by name. mirror: whether the second view is
     mirrored. window: of the intensities that it was trained on, or none. precisions: of the graphs that are there.
+    detector: of studies unlike the training images; None where the export had none at hand.
     """
 
     size: int
@@ -45,6 +49,12 @@ class Settings:
     views: dict[str, int]
     levels: dict[str, int]
     precisions: tuple[str, ...]
+    detector: unlike.Detector | None = None
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Names of the graphs."""
+        return tuple(self.views)
 
     @classmethod
     def of(cls, sealed: SealedDirectory) -> Settings:
@@ -54,6 +64,7 @@ class Settings:
         )
         try:
             window = preprocessing["window"]
+            graphs = GRAPHS if config["ood"] is None else (*GRAPHS, BOTTLENECK)
             return cls(
                 size=int(preprocessing["size"]),
                 class_names=tuple(labels["class_names"]),
@@ -61,9 +72,10 @@ class Settings:
                 label_threshold=tuple(map(float, labels["label_threshold"])),
                 window=None if window is None else (float(window[0]), float(window[1])),
                 mirror=bool(config["mirror"]),
-                views={name: int(config["graphs"][name]["views"]) for name in GRAPHS},
-                levels={name: int(config["graphs"][name]["levels"]) for name in GRAPHS},
+                views={name: int(config["graphs"][name]["views"]) for name in graphs},
+                levels={name: int(config["graphs"][name]["levels"]) for name in graphs},
                 precisions=tuple(config["precisions"]),
+                detector=None if config["ood"] is None else unlike.Detector.of(sealed),
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise IntegrityError(
@@ -85,13 +97,17 @@ class Result:
 
 @dataclass(frozen=True)
 class PredictedCase:
-    """What was written for one input. present, label_probability: as in `Result`, for its slices."""
+    """What was written for one input. present, label_probability: as in `Result`, for its slices.
+
+    ood: how unlike the training images it is, under the policy; None where the directory has no such score.
+    """
 
     source: Path
     files: list[Path]
     present: cases.Labels
     label_probability: Floats
     foreground_pixels: int
+    ood: unlike.Judgement | None
 
 
 class Predictor:
@@ -162,7 +178,7 @@ class Predictor:
             self._loaded = (
                 sealed,
                 settings,
-                {name: self._session(sealed, f"{name}.{precision}.onnx") for name in GRAPHS},
+                {name: self._session(sealed, f"{name}.{precision}.onnx") for name in settings.graphs},
             )
         return self._loaded
 
@@ -182,9 +198,7 @@ class Predictor:
         Raises DataError for another shape or dtype, and where a result is not finite.
         """
         _, settings, sessions = self._load()
-        shape = (len(settings.channel_names), settings.size, settings.size)
-        if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != shape or not len(images):
-            raise DataError(f"images: expected float32 [N, {', '.join(map(str, shape))}], got {_described(images)}")
+        shape = self._check_images(images)
         classes = len(settings.class_names)
         if labels is not None and (labels.dtype != np.bool_ or labels.shape != (len(images), classes)):
             raise DataError(f"labels: expected bool {[len(images), classes]}, got {_described(labels)}")
@@ -205,6 +219,38 @@ class Predictor:
         _check_finite("probabilities", probability)
         return Result(probability, mask, present, label_probability)
 
+    def bottleneck(self, images: Floats) -> Floats:
+        """The CDM's deepest feature float32 [N, F], averaged over pixels, of images as `segment` takes them.
+
+        Raises DataError as `segment` does, ConfigError where the directory has no such graph.
+        """
+        sessions = self._load()[2]
+        if BOTTLENECK not in sessions:
+            raise ConfigError(f"{self.folder}: has no graph {BOTTLENECK}; export with the data set at hand (--data)")
+        self._check_images(images)
+        inputs = {"image": images, "noise": self._noise(BOTTLENECK, images)}
+        found = in_batches(sessions[BOTTLENECK], inputs)[BOTTLENECK]
+        _check_finite("bottleneck features", found)
+        return found
+
+    def judge(self, images: Floats) -> unlike.Judgement | None:
+        """How unlike the training images one study is, whose slices are images as `segment` takes them.
+
+        None where the directory has no such score.
+        """
+        detector = self.load().detector
+        if detector is None:
+            return None
+        chosen = images[unlike.spread(len(images))]
+        return detector.judge({"intensity": unlike.intensity_features(chosen), BOTTLENECK: self.bottleneck(chosen)})
+
+    def _check_images(self, images: Floats) -> tuple[int, int, int]:
+        settings = self.load()
+        shape = (len(settings.channel_names), settings.size, settings.size)
+        if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != shape or not len(images):
+            raise DataError(f"images: expected float32 [N, {', '.join(map(str, shape))}], got {_described(images)}")
+        return shape
+
     def _noise(self, graph: str, images: Floats) -> Floats:
         """Noise [N, V, T, C, S, S] of a graph, seeded by the pixels of each view."""
         _, settings, _ = self._load()
@@ -224,17 +270,29 @@ class Predictor:
         labels: Sequence[str] | str | None = None,
         window: tuple[float, float] | None = None,
         probability: bool = False,
+        ood: str = "warn",
     ) -> PredictedCase:
         """Segment one study and write its mask to the folder `out`, in the study's own format and geometry.
 
         source: a path (see `cases.read_case`) or what `read` returned. labels: names of the classes that are present in
         every slice, "all" or "none"; None: predicted slice by slice. window: (low, high) in stored units, in place of
-        the directory's own. probability: also write the class probabilities.
-        Raises DataError for an input that can't be used; nothing is written then.
+        the directory's own. probability: also write the class probabilities. ood: "accept", "warn" or "refuse", the
+        most that happens to a study that is unlike the training images.
+        Raises DataError for an input that can't be used, UnlikeTrainingError for one that is refused; nothing is
+        written then.
         """
         settings = self.load()
         stack = self.read(source) if isinstance(source, str) else source
         images = cases.working_images(stack, settings.size, window=window or settings.window)
+        judgement = self.judge(images)
+        if judgement is not None:
+            judgement = judgement.capped(ood)
+            if judgement.status == "refuse":
+                raise UnlikeTrainingError(
+                    f"{stack.source}: is unlike the images that the networks were trained on ({judgement.sentence()}); "
+                    f"check channels, orientation and modality, or use --ood warn",
+                    judgement.to_json(),
+                )
         given = None
         if labels is not None:
             text = labels if isinstance(labels, str) else ",".join(labels)
@@ -248,7 +306,7 @@ class Predictor:
             class_names=settings.class_names,
             keep_probability=probability,
         )
-        return PredictedCase(stack.source, files, result.present, result.label_probability, foreground)
+        return PredictedCase(stack.source, files, result.present, result.label_probability, foreground, judgement)
 
 
 def second_view(images: Floats, *, mirror: bool) -> Floats:
