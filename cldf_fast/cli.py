@@ -288,12 +288,32 @@ def predict(
         str,
         typer.Option(help="At most accept, warn of, or refuse inputs that are unlike the images trained on."),
     ] = "warn",
+    on_engine_error: Annotated[
+        str,
+        typer.Option(
+            help="Where no engine can be loaded here: fail, rebuild one for this GPU (in memory), or onnx on the CPU."
+        ),
+    ] = "fail",
 ) -> None:
     """Segment images with an engine directory, without torch. Exit code 3: some inputs were refused."""
+    import warnings
+
     from cldf_fast.deploy.prediction import Part, predict
     from cldf_fast.deploy.predictor import Predictor
 
-    predictor = Predictor(folder, precision=precision, backend=backend, public_key=public_key, threads=threads)
+    predictor = Predictor(
+        folder,
+        precision=precision,
+        backend=backend,
+        public_key=public_key,
+        threads=threads,
+        on_engine_error=on_engine_error,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # said in our own words
+        fallback = predictor.execution.fallback
+    if fallback:
+        typer.echo(f"warning: {fallback}", err=True)
     refused = 0
     for outcome in predict(
         predictor,

@@ -98,7 +98,7 @@ def measure(predictor: Predictor, golden: Mapping[str, np.ndarray]) -> Parity:
         names = ("probability_rel_l2", "probability_max", "label_probability_max", "bottleneck_rel_l2")
         worst = dict.fromkeys(names, math.inf) | {"dice_mean": 0.0, "dice_min": 0.0}
         return Parity(
-            predictor.backend,
+            predictor.execution.backend,
             precision,
             len(golden["images"]),
             **worst,
@@ -126,7 +126,7 @@ def measure(predictor: Predictor, golden: Mapping[str, np.ndarray]) -> Parity:
     if flips:
         failures.append(f"{flips} image-level labels differ, expected none")
     return Parity(
-        predictor.backend,
+        predictor.execution.backend,
         precision,
         len(golden["images"]),
         **values,

@@ -28,7 +28,7 @@ from cldf_fast.files import atomic_write_text
 
 AUDIT_FIELDS = (
     "source", "pixels_sha256", "status", "reason", "manifest_sha256", "signed", "backend", "precision", "version",
-    "seconds", "outputs_sha256", "foreground_pixels", "ood", "ood_scores",
+    "seconds", "outputs_sha256", "foreground_pixels", "ood", "ood_scores", "fallback",
 )  # fmt: skip
 
 
@@ -136,7 +136,11 @@ def predict(
                 outcome.seconds = round(time.perf_counter() - started, 3)
                 audit.append(**entry, **_provenance(predictor, outcome))
             outcomes.append(outcome)
-            content = {"version": __version__, "cases": [asdict(each) for each in outcomes]}
+            content = {
+                "version": __version__,
+                **asdict(predictor.execution),
+                "cases": [asdict(each) for each in outcomes],
+            }
             atomic_write_text(summary, json.dumps(content, indent=2) + "\n")
             yield outcome
 
@@ -177,7 +181,8 @@ def _provenance(predictor: Predictor, outcome: Outcome) -> dict[str, Any]:
         "status": outcome.status,
         "manifest_sha256": predictor.sealed.manifest.sha256,
         "signed": predictor.sealed.verified,
-        "backend": predictor.backend,
+        "backend": predictor.execution.backend,
+        "fallback": predictor.execution.fallback,
         "precision": predictor.precision or settings.precisions[0],
         "version": __version__,
         "seconds": outcome.seconds,

@@ -9,6 +9,7 @@ A predictor can be pickled before it is loaded, so that Ray, Dask or a pool of p
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +24,20 @@ from cldf_fast.deploy import ood as unlike
 from cldf_fast.deploy.manifest import SealedDirectory, open_sealed
 from cldf_fast.deploy.noise import pixel_seed, standard_normal
 from cldf_fast.deploy.runtime import OnnxSession, Session, in_batches
-from cldf_fast.errors import ConfigError, DataError, IntegrityError, UnlikeTrainingError
+from cldf_fast.errors import (
+    BackendError,
+    ConfigError,
+    DataError,
+    EngineMismatchError,
+    IntegrityError,
+    ParityError,
+    UnlikeTrainingError,
+)
 
 GRAPHS = ("segmentation", "labels")
 BOTTLENECK = "bottleneck"
 """A third graph, of directories that have a score of how unlike the training images a study is."""
+ON_ENGINE_ERROR = ("fail", "rebuild", "onnx")
 RESEARCH_USE = "Research use only; not to be used for diagnostic purposes."
 
 
@@ -110,13 +120,23 @@ class PredictedCase:
     ood: unlike.Judgement | None
 
 
+@dataclass(frozen=True)
+class Execution:
+    """What runs the graphs. backend: its name; fallback: in a sentence, why not as asked; empty where it is."""
+
+    backend: str
+    fallback: str = ""
+
+
 class Predictor:
     """An engine directory, loaded at first use.
 
     folder: an engine directory. precision: of the graphs, by default the directory's first. backend: "onnx" (ONNX
     Runtime on the CPU), "tensorrt" or "tensorrt_rtx". public_key: of whom it has to be signed by. threads: of ONNX
     Runtime, 0 for as many as there are cores. max_batch: images in one call of it, which bounds memory; on two cores
-    one image at a time is as fast as many.
+    one image at a time is as fast as many. on_engine_error: where no engine of the directory can be loaded here, "fail",
+    "rebuild" one for this GPU from the ONNX files, in memory alone and used if it passes parity, or take "onnx"; with
+    either a warning is issued, and `execution` says what runs and why. A file that is not as sealed always fails.
     """
 
     def __init__(
@@ -128,7 +148,10 @@ class Predictor:
         public_key: Path | None = None,
         threads: int = 0,
         max_batch: int = 4,
+        on_engine_error: str = "fail",
     ) -> None:
+        if on_engine_error not in ON_ENGINE_ERROR:
+            raise ConfigError(f"on_engine_error: expected one of {', '.join(ON_ENGINE_ERROR)}, got {on_engine_error!r}")
         if backend not in ("onnx", "tensorrt", "tensorrt_rtx"):
             raise ConfigError(f"backend: expected onnx, tensorrt or tensorrt_rtx, got {backend!r}")
         self.folder = Path(folder)
@@ -137,7 +160,9 @@ class Predictor:
         self.public_key = public_key
         self.threads = threads
         self.max_batch = max_batch
+        self.on_engine_error = on_engine_error
         self._loaded: tuple[SealedDirectory, Settings, dict[str, Session]] | None = None
+        self._execution = Execution(backend)
 
     def __enter__(self) -> Predictor:
         self.load()
@@ -145,18 +170,18 @@ class Predictor:
 
     def __exit__(self, *_: object) -> None:
         if self._loaded is not None:
-            for session in self._loaded[2].values():
-                session.close()
+            _close(self._loaded[2])
         self._loaded = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_loaded": None}
+        return self.__dict__ | {"_loaded": None, "_execution": Execution(self.backend)}
 
     def load(self) -> Settings:
         """Check the directory and load its graphs; does nothing the second time.
 
         Raises IntegrityError for a directory that is not as its manifest says, EngineMismatchError for an engine of
-        another GPU, system or TensorRT, BackendError where the runtime is absent.
+        another GPU, system or TensorRT, BackendError where the runtime is absent, ParityError for an engine that was
+        built again and does not agree with PyTorch.
         """
         return self._load()[1]
 
@@ -164,6 +189,12 @@ class Predictor:
     def sealed(self) -> SealedDirectory:
         """The directory, checked."""
         return self._load()[0]
+
+    @property
+    def execution(self) -> Execution:
+        """What runs the graphs, which are loaded."""
+        self._load()
+        return self._execution
 
     def _load(self) -> tuple[SealedDirectory, Settings, dict[str, Session]]:
         if self._loaded is None:
@@ -175,19 +206,63 @@ class Predictor:
                     f"precision: expected one of {', '.join(settings.precisions)}, which {self.folder} holds, "
                     f"got {precision!r}"
                 )
-            self._loaded = (
-                sealed,
-                settings,
-                {name: self._session(sealed, f"{name}.{precision}.onnx") for name in settings.graphs},
-            )
+            files = {name: f"{name}.{precision}.onnx" for name in settings.graphs}
+            try:
+                self._loaded = sealed, settings, self._sessions(sealed, files, self.backend)
+                self._execution = Execution(self.backend)
+            except (BackendError, EngineMismatchError) as error:
+                if self.backend == "onnx" or self.on_engine_error == "fail":
+                    raise
+                self._fall_back(sealed, settings, files, str(error))
+        assert self._loaded is not None
         return self._loaded
 
-    def _session(self, sealed: SealedDirectory, onnx: str) -> Session:
-        if self.backend == "onnx":
+    def _fall_back(self, sealed: SealedDirectory, settings: Settings, files: dict[str, str], reason: str) -> None:
+        if self.on_engine_error == "onnx":
+            self._execution = Execution(
+                "onnx", f"ONNX Runtime on the CPU in place of {self.backend}, because: {reason}"
+            )
+            self._loaded = sealed, settings, self._sessions(sealed, files, "onnx")
+        else:
+            self._execution = Execution(self.backend, f"engines were built again for this GPU, because: {reason}")
+            self._loaded = sealed, settings, self._sessions(sealed, files, self.backend, rebuild=True)
+            self._check_parity(sealed)
+        warnings.warn(self._execution.fallback, RuntimeWarning, stacklevel=2)
+
+    def _check_parity(self, sealed: SealedDirectory) -> None:
+        from cldf_fast.deploy import parity
+
+        try:
+            failures = parity.measure(self, parity.golden_cases(sealed)).failures
+            if failures:
+                raise ParityError(
+                    f"{self.backend}: the engine built for this GPU differs from PyTorch ({'; '.join(failures)}); use "
+                    f"--backend onnx"
+                )
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _sessions(
+        self, sealed: SealedDirectory, files: dict[str, str], backend: str, *, rebuild: bool = False
+    ) -> dict[str, Session]:
+        """A session of each ONNX file, or none at all."""
+        sessions: dict[str, Session] = {}
+        try:
+            for name, file in files.items():
+                sessions[name] = self._session(sealed, file, backend, rebuild=rebuild)
+        except BaseException:
+            _close(sessions)
+            raise
+        return sessions
+
+    def _session(self, sealed: SealedDirectory, onnx: str, backend: str, *, rebuild: bool) -> Session:
+        if backend == "onnx":
             return OnnxSession(sealed.read(onnx), threads=self.threads, max_batch=self.max_batch)
         from cldf_fast.deploy.tensorrt import TensorRTSession
 
-        return TensorRTSession.of(sealed, onnx, flavour=self.backend)
+        load = TensorRTSession.rebuilt if rebuild else TensorRTSession.of
+        return load(sealed, onnx, flavour=backend)
 
     def segment(self, images: Floats, labels: cases.Labels | None = None, *, everywhere: bool = True) -> Result:
         """Segment images float32 [N, C, S, S] in [-1, 1] at the working size.
@@ -312,6 +387,11 @@ class Predictor:
 def second_view(images: Floats, *, mirror: bool) -> Floats:
     """`segmentation.second_view` of arrays [..., H, W]."""
     return np.roll(images[..., ::-1] if mirror else images, (1, 1), axis=(-2, -1))
+
+
+def _close(sessions: dict[str, Session]) -> None:
+    for session in sessions.values():
+        session.close()
 
 
 def _check_finite(what: str, values: Floats) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -115,6 +116,15 @@ def a_study(name: str) -> Study:
         Path(name),
         labels=torch.from_numpy(rng.random((6, 3)) < 0.5),
     )
+
+
+def write_study(image: np.ndarray, folder: Path, name: str) -> str:
+    """Channels float [S, 2, H, W] as two NIfTI files; returns what `predict` takes."""
+    paths = []
+    for channel in range(2):
+        paths.append(str(folder / f"{name}-{channel}.nii.gz"))
+        nibabel.save(nibabel.Nifti1Image(image[:, channel].transpose(2, 1, 0), np.diag([2, 2, 5, 1.0])), paths[-1])
+    return ",".join(paths)
 
 
 def a_part(start: int, count: int) -> SliceDataset:

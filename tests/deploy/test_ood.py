@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 import pytest
 import torch
@@ -21,7 +20,7 @@ from cldf_fast.deploy.ood import Detector
 from cldf_fast.deploy.prediction import predict
 from cldf_fast.deploy.predictor import Predictor
 from cldf_fast.errors import ConfigError, IntegrityError, UnlikeTrainingError
-from tests.deploy.conftest import a_study
+from tests.deploy.conftest import a_study, write_study
 
 
 def studies(count: int, slices: int, widths: tuple[int, int], scale: float = 1.0) -> list[dict[str, np.ndarray]]:
@@ -95,18 +94,10 @@ def test_features_that_never_vary_give_finite_scores() -> None:
 # The directory
 
 
-def write(image: np.ndarray, folder: Path, name: str) -> str:
-    paths = []
-    for channel in range(2):
-        paths.append(str(folder / f"{name}-{channel}.nii.gz"))
-        nibabel.save(nibabel.Nifti1Image(image[:, channel].transpose(2, 1, 0), np.diag([2, 2, 5, 1.0])), paths[-1])
-    return ",".join(paths)
-
-
 def test_what_is_unlike_the_training_images_is_accepted_warned_of_or_refused(engine: Path, tmp_path: Path) -> None:
     images = [a_study("typical").image.numpy() for _ in range(3)]
-    sources = [write(image, tmp_path, f"typical{i}") for i, image in enumerate(images)]
-    noise = write(np.random.rand(6, 2, 16, 16).astype(np.float32), tmp_path, "noise")
+    sources = [write_study(image, tmp_path, f"typical{i}") for i, image in enumerate(images)]
+    noise = write_study(np.random.rand(6, 2, 16, 16).astype(np.float32), tmp_path, "noise")
     predictor = Predictor(engine)
     kept = list(predict(predictor, [*sources, noise], tmp_path / "out", ood="refuse"))
     assert [outcome.status for outcome in kept[:3]] == ["done"] * 3
@@ -179,7 +170,7 @@ def test_without_images_at_hand_there_is_no_score(engine: Path, tmp_path: Path) 
     assert predictor.judge(image) is None
     with pytest.raises(ConfigError, match="has no graph bottleneck; export with the data set at hand"):
         predictor.bottleneck(image)
-    source = write(a_study("any").image.numpy(), tmp_path, "any")
+    source = write_study(a_study("any").image.numpy(), tmp_path, "any")
     (outcome,) = predict(predictor, [source], tmp_path / "out", ood="refuse")
     assert (outcome.status, outcome.ood) == ("done", "not available")
 
