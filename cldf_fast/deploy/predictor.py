@@ -134,9 +134,10 @@ class Predictor:
     folder: an engine directory. precision: of the graphs, by default the directory's first. backend: "onnx" (ONNX
     Runtime on the CPU), "tensorrt" or "tensorrt_rtx". public_key: of whom it has to be signed by. threads: of ONNX
     Runtime, 0 for as many as there are cores. max_batch: images in one call of it, which bounds memory; on two cores
-    one image at a time is as fast as many. on_engine_error: where no engine of the directory can be loaded here, "fail",
-    "rebuild" one for this GPU from the ONNX files, in memory alone and used if it passes parity, or take "onnx"; with
-    either a warning is issued, and `execution` says what runs and why. A file that is not as sealed always fails.
+    one image at a time is as fast as many. on_engine_error: where no engine of the directory can be loaded here,
+    "fail", "rebuild" one for this GPU from the ONNX files, in memory alone and used if it passes parity, or take
+    "onnx"; with either a warning is issued, and `execution` says what runs and why. A file that is not as sealed always
+    fails.
     """
 
     def __init__(
@@ -219,9 +220,8 @@ class Predictor:
 
     def _fall_back(self, sealed: SealedDirectory, settings: Settings, files: dict[str, str], reason: str) -> None:
         if self.on_engine_error == "onnx":
-            self._execution = Execution(
-                "onnx", f"ONNX Runtime on the CPU in place of {self.backend}, because: {reason}"
-            )
+            why = f"ONNX Runtime on the CPU in place of {self.backend}, because: {reason}"
+            self._execution = Execution("onnx", why)
             self._loaded = sealed, settings, self._sessions(sealed, files, "onnx")
         else:
             self._execution = Execution(self.backend, f"engines were built again for this GPU, because: {reason}")
