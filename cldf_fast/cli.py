@@ -325,12 +325,36 @@ def predict(
     num_parts: Annotated[int, typer.Option(min=1, help="Processes that share the inputs.")] = 1,
     part_id: Annotated[int, typer.Option(min=0, help="Which of them this is.")] = 0,
     continue_: Annotated[bool, typer.Option("--continue", help="Leave out what an earlier run has done.")] = False,
+    ood: Annotated[
+        str,
+        typer.Option(help="At most accept, warn of, or refuse inputs that are unlike the images trained on."),
+    ] = "warn",
+    on_engine_error: Annotated[
+        str,
+        typer.Option(
+            help="Where no engine can be loaded here: fail, rebuild one for this GPU (in memory), or onnx on the CPU."
+        ),
+    ] = "fail",
 ) -> None:
     """Segment images with an engine directory, without torch. Exit code 3: some inputs were refused."""
+    import warnings
+
     from cldf_fast.deploy.prediction import Part, predict
     from cldf_fast.deploy.predictor import Predictor
 
-    predictor = Predictor(folder, precision=precision, backend=backend, public_key=public_key, threads=threads)
+    predictor = Predictor(
+        folder,
+        precision=precision,
+        backend=backend,
+        public_key=public_key,
+        threads=threads,
+        on_engine_error=on_engine_error,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # said in our own words
+        fallback = predictor.execution.fallback
+    if fallback:
+        typer.echo(f"warning: {fallback}", err=True)
     refused = 0
     for outcome in predict(
         predictor,
@@ -342,7 +366,10 @@ def predict(
         window=None if window is None else parse_range("--window", window),
         probability=probability,
         replicate=replicate,
+        ood=ood,
     ):
+        if isinstance(outcome.ood, dict) and outcome.ood["status"] == "warn":
+            typer.echo(f"warning: {outcome.source}: is unlike the images trained on, see summary.json", err=True)
         if outcome.status == "refused":
             refused += 1
             typer.echo(f"refused ({outcome.code}): {outcome.reason}", err=True)

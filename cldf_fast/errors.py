@@ -6,6 +6,8 @@ inputs, the checks that a study goes through on its way to a network, are the ke
 
 from __future__ import annotations
 
+from typing import Any
+
 REFUSALS = {
     "missing_file": "There is no such file or folder, or nothing in the folder that could be read.",
     "unknown_format": "Not NIfTI, DICOM, PNG or TIFF by its name.",
@@ -41,6 +43,7 @@ REFUSALS = {
     "wrong_channels": "Another number of channels than the network takes.",
     "input_folder": "Masks would be written into the input's own folder.",
     "output_name_taken": "The mask of another study of the same run has the name.",
+    "unlike_training": "Further from the images that the networks were trained on than --ood allows.",
     "non_finite_result": "The network gave NaN or infinity.",
 }
 """Why an input is refused: the codes of a DataError that concerns a user's own file. `cldf-fast predict` writes them to
@@ -74,6 +77,15 @@ class DataError(CLDFError, ValueError):
     def __init__(self, message: str, *, code: str = "data") -> None:
         super().__init__(message)
         self.code = code
+
+
+class UnlikeTrainingError(DataError):
+    """A study is unlike the images that the networks were trained on, further than a policy allows."""
+
+    def __init__(self, message: str, scores: dict[str, Any]) -> None:
+        super().__init__(message, code="unlike_training")
+        self.scores = scores
+        """As `deploy.ood.Judgement.to_json` gives them."""
 
 
 class SplitError(DataError):

@@ -12,24 +12,25 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cldf_fast import __version__
+from cldf_fast.data.base import SliceDataset
 from cldf_fast.data.packing import pack
-from cldf_fast.deploy import parity
-from cldf_fast.deploy.graph import LabelGraph, SegmentationGraph
+from cldf_fast.deploy import ood, parity
+from cldf_fast.deploy.graph import BottleneckGraph, LabelGraph, SegmentationGraph
 from cldf_fast.deploy.manifest import EngineKey, operating_system, seal
 from cldf_fast.deploy.model_card import Told, model_card
 from cldf_fast.deploy.noise import pixel_seed, standard_normal
 from cldf_fast.deploy.onnx import OPSET, PRECISIONS, to_onnx
-from cldf_fast.deploy.predictor import RESEARCH_USE, Predictor
+from cldf_fast.deploy.predictor import BOTTLENECK, RESEARCH_USE, Predictor
 from cldf_fast.deploy.tensorrt import Batches, build, capabilities, check_capabilities, library
 from cldf_fast.errors import BackendError, ConfigError, ParityError
 from cldf_fast.files import atomic_write_bytes, atomic_write_text
@@ -38,10 +39,11 @@ from cldf_fast.run import DatasetRecord, Run
 from cldf_fast.segmentation import second_view
 from cldf_fast.workflow import open_parts
 
-Graphs = dict[str, SegmentationGraph | LabelGraph]
+Graphs = dict[str, SegmentationGraph | LabelGraph | BottleneckGraph]
 
 _GOLDEN_IMAGES = 16  # of the validation part, half of them with a foreground class where there are as many
 _SYNTHETIC_SEED = 20250623
+_FIT_STUDIES = 64  # of the training part: a thousand slices place the hundred numbers of a score well enough
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ def export(
     """Write the engine directory `out`, which must not exist, and return the parity of every graph that ran.
 
     precisions: the first one is what predictors take by default. data: folder of the run's data set, for golden images
-    of its validation part; they travel with the directory. Without (the phantom needs none), golden images are
-    synthetic. window: of the intensities that the run was trained on, for modalities with an absolute unit.
+    of its validation part, which travel with the directory, and for the score that tells studies unlike the training
+    images. Without (the phantom needs none), golden images are synthetic, and there is no such score. window: of the
+    intensities that the run was trained on, for modalities with an absolute unit.
     evidence: False exports a run whose decision weighs the image's gradient map, without that.
     Raises ConfigError for a run that can't be exported, ParityError where a graph differs from PyTorch, BackendError
     for a runtime that is absent. Nothing is left at `out` then.
@@ -94,12 +97,19 @@ def export(
         "segmentation": SegmentationGraph(cldf),
         "labels": LabelGraph(cldf),
     }
-    images, names = golden_images(run, data)
+    parts = open_parts(run.config(), data) if data is not None or run.config().data.dataset == "phantom" else None
+    detector = None
+    if parts is not None and len(parts["val"].refs) > 1:
+        graphs[BOTTLENECK] = BottleneckGraph(cldf)
+        detector = _fit_detector(graphs[BOTTLENECK], parts, cldf.config.data.size)
+    images, names = golden_images(run, None if parts is None else parts["val"])
     partial = out.with_name(f".partial-{secrets.token_hex(4)}-{out.name}")
     partial.mkdir(parents=True)
     try:
         _write_settings(partial, cldf, record, graphs, precisions, window)
-        _write_golden(partial, cldf, images, names)
+        if detector is not None:
+            atomic_write_text(partial / ood.FILE, detector.to_json())
+        _write_golden(partial, cldf, graphs, images, names)
         onnx = _write_onnx(partial, graphs, images[:2], precisions)
         weights = _weights_digest(run)
         engines = _write_engines(partial, onnx, weights, target)
@@ -116,7 +126,7 @@ def export(
     return measured
 
 
-def golden_images(run: Run, data: Path | None) -> tuple[Tensor, list[str]]:
+def golden_images(run: Run, validation: SliceDataset | None) -> tuple[Tensor, list[str]]:
     """Images float32 [N, C, S, S] that every backend has to agree on, and what each is.
 
     Of the validation part, where the data set is at hand, and synthetic ones: empty, saturated, noise, smooth tissue
@@ -125,8 +135,8 @@ def golden_images(run: Run, data: Path | None) -> tuple[Tensor, list[str]]:
     config, record = run.config(), run.record()
     synthetic = _synthetic(record.num_channels, config.data.size)
     images, names = list(synthetic.values()), list(synthetic)
-    if data is not None or config.data.dataset == "phantom":
-        packed = pack(open_parts(config, data)["val"], config.data.size)
+    if validation is not None:
+        packed = pack(validation, config.data.size)
         positive = packed.require_labels().any(dim=1)
         half = _GOLDEN_IMAGES // 2
         rows = [*positive.nonzero().flatten()[:half].tolist(), *(~positive).nonzero().flatten()[:half].tolist()]
@@ -166,6 +176,7 @@ def _write_settings(
         "mirror": cldf.config.data.mirror,
         "precisions": list(precisions),
         "opset": OPSET,
+        "ood": ood.FILE if BOTTLENECK in graphs else None,
         "graphs": {name: {"views": graph.num_views, "levels": graph.num_levels} for name, graph in graphs.items()},
     }
     preprocessing = {
@@ -179,7 +190,30 @@ def _write_settings(
         atomic_write_text(folder / f"{name}.json", json.dumps(content, indent=2) + "\n")
 
 
-def _write_golden(folder: Path, cldf: CLDF, images: Tensor, names: list[str]) -> None:
+def _fit_detector(graph: nn.Module, parts: Mapping[str, SliceDataset], size: int) -> ood.Detector:
+    """From studies of the training part, spread evenly; thresholds from all of the validation part."""
+
+    def features(part: SliceDataset, most: int) -> list[ood.Features]:
+        read: list[ood.Features] = []
+        for index in ood.spread(len(part.refs), most):
+            study = SliceDataset([part.refs[index]], part.class_names, part.channel_names, window=part.window)
+            images = pack(study, size).images
+            images = images[torch.from_numpy(ood.spread(len(images)))]
+            read.append({"intensity": ood.intensity_features(images.numpy()), BOTTLENECK: _bottleneck(graph, images)})
+        return read
+
+    return ood.Detector.fit(features(parts["train"], _FIT_STUDIES), features(parts["val"], len(parts["val"].refs)))
+
+
+def _bottleneck(graph: nn.Module, images: Tensor) -> np.ndarray:
+    """What PyTorch says of images float32 [N, C, S, S]: [N, F]."""
+    noise = torch.from_numpy(standard_normal(pixel_seed(images.numpy()), 1, images.shape[1:]))
+    with torch.no_grad():
+        parts = zip(images.split(16), noise[:, None].split(16), strict=True)
+        return torch.cat([graph(*part) for part in parts]).numpy()
+
+
+def _write_golden(folder: Path, cldf: CLDF, graphs: Graphs, images: Tensor, names: list[str]) -> None:
     """What PyTorch says. A case without any class by its label probability is given all: its pixels count too."""
     present = cldf.label_probability(images) >= cldf.label_threshold
     present[~present.any(dim=1)] = True
@@ -190,6 +224,11 @@ def _write_golden(folder: Path, cldf: CLDF, images: Tensor, names: list[str]) ->
         "probability": found.probability.numpy(),
         "mask": found.mask.numpy(),
         "label_probability": found.label_probability.numpy(),
+        "bottleneck": (
+            _bottleneck(graphs[BOTTLENECK], images)
+            if BOTTLENECK in graphs
+            else np.zeros((len(images), 0), dtype=np.float32)
+        ),
     }
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
@@ -206,7 +245,7 @@ def _write_onnx(folder: Path, graphs: Graphs, example: Tensor, precisions: Seque
         views = [example, second_view(example, mirror=mirror)][: graph.num_views]
         noise = [standard_normal(pixel_seed(view.numpy()), graph.num_levels, example.shape[1:]) for view in views]
         inputs = {"image": example, "noise": torch.from_numpy(np.stack(noise, axis=1))}
-        outputs = ["label_probability"]
+        outputs = [BOTTLENECK if name == BOTTLENECK else "label_probability"]
         if isinstance(graph, SegmentationGraph):
             inputs["present"] = torch.ones(len(example), graph.num_classes)
             outputs = ["probability", "mask"]

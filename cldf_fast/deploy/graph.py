@@ -125,6 +125,37 @@ class LabelGraph(nn.Module):
         return probability.reshape(-1, self.num_views * self.num_levels, probability.shape[1]).mean(dim=1)
 
 
+class BottleneckGraph(nn.Module):
+    """The CDM's deepest feature, averaged over pixels: by it a study is told that is unlike the training images.
+
+    At the first of the features' noise levels, without a condition, of every slice alike, whatever its label is. On its
+    own, because the segmentation graph sees but slices that have a label; it is the encoder alone, once.
+    num_views, num_levels: V and T of the noise that forward wants, both 1.
+    """
+
+    num_views = num_levels = 1
+
+    def __init__(self, cldf: CLDF) -> None:
+        super().__init__()
+        assert isinstance(cldf.features, DiffusionFeatures)
+        self.views = _Views(cldf, average=False, alpha_bar=cldf.features.alpha_bar[:1])
+        times = cldf.features.times[:1]
+        adopted = cldf.unet if isinstance(cldf.unet, AdoptedUNet) else None
+        unet = cldf.unet.network if isinstance(cldf.unet, AdoptedUNet) else cldf.unet
+        self.trained_input = _TrainedInput(adopted, times)
+        self.patch_size = unet.patch_size
+        folded = _folded(unet, cldf.unet.embed(times, null_condition(1, cldf.num_classes)))
+        self.blocks = nn.ModuleList([*folded.input_blocks, folded.middle_block])
+
+    def forward(self, image: Tensor, noise: Tensor) -> Tensor:
+        """Features float32 [B, F]; image and noise as in `SegmentationGraph`."""
+        noised = self.views(image, noise)
+        hidden = F.pixel_unshuffle(self.trained_input(noised), self.patch_size)
+        for block in self.blocks:
+            hidden = block(hidden, noised[:, 0, 0, :1])
+        return hidden.mean(dim=(2, 3))
+
+
 class _Views(nn.Module):
     """Images as they are and, where views are averaged, as a second view; each at all noise levels."""
 

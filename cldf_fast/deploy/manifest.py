@@ -3,6 +3,7 @@
 An engine is code: whoever can change one runs what they like in the process that loads it. An engine directory holds
 
 config.json  preprocessing.json  labels.json  MODEL_CARD.md
+ood.json                  optional: which studies are unlike the training images, see `deploy.ood`
 NAME.onnx                 one or more, weights inside: external data would be read by path, past every check
 engines/NAME.plan         or .engine, with NAME.json beside it if there is something to say about it
 golden/NAME.npz, .json    inputs, expected outputs, tolerances
@@ -47,7 +48,7 @@ _FORMAT = 1
 _REQUIRED = ("MODEL_CARD.md", "config.json", "labels.json", "preprocessing.json")
 _FOLDERS = ("engines", "golden")
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}"
-_LAYOUT = re.compile(rf"{_NAME}\.onnx|engines/{_NAME}\.(plan|engine|json)|golden/{_NAME}\.(npz|json)")
+_LAYOUT = re.compile(rf"ood\.json|{_NAME}\.onnx|engines/{_NAME}\.(plan|engine|json)|golden/{_NAME}\.(npz|json)")
 _ENGINE = re.compile(r"engines/.+\.(plan|engine)")
 _CAPABILITIES = re.compile(r"[0-9]{1,3}\.[0-9]{1,3}(\+|(,[0-9]{1,3}\.[0-9]{1,3}){0,30})")
 _MAX_JSON = 1 << 20  # bytes; a manifest of a thousand files has a fifth of it

@@ -21,13 +21,14 @@ from typing import Any
 from cldf_fast import __version__
 from cldf_fast.data.stacks import Stack, check_output_folder
 from cldf_fast.deploy.audit import AuditLog, pseudonym, pseudonym_key
+from cldf_fast.deploy.ood import LEVELS
 from cldf_fast.deploy.predictor import PredictedCase, Predictor
-from cldf_fast.errors import CLDFError, ConfigError, DataError
+from cldf_fast.errors import CLDFError, ConfigError, DataError, UnlikeTrainingError
 from cldf_fast.files import atomic_write_text
 
 AUDIT_FIELDS = (
     "source", "pixels_sha256", "status", "reason", "code", "warnings", "manifest_sha256", "signed", "backend",
-    "precision", "version", "seconds", "outputs_sha256", "foreground_pixels",
+    "precision", "version", "seconds", "outputs_sha256", "foreground_pixels", "ood", "ood_scores", "fallback",
 )  # fmt: skip
 
 
@@ -48,7 +49,9 @@ class Outcome:
     """What became of one study, by this run or an earlier one.
 
     status: "done" or "refused"; reason: why refused, and code: of that (see `errors.REFUSALS`). warnings: "code" (see
-    `errors.WARNINGS`) and "reason" of what is doubtful about a study that is done.
+    `errors.WARNINGS`) and "reason" of what is doubtful about a study that is done. ood: how unlike the training images
+    it is, as `deploy.ood.Judgement.to_json` gives it, or "not available" where the directory has no such score; None
+    where the study was refused before that.
     """
 
     source: str
@@ -61,6 +64,7 @@ class Outcome:
     slices_labelled: int = 0
     foreground_pixels: int = 0
     seconds: float = 0.0
+    ood: dict[str, Any] | str | None = None
 
 
 def predict(
@@ -74,6 +78,7 @@ def predict(
     window: tuple[float, float] | None = None,
     probability: bool = False,
     replicate: bool = False,
+    ood: str = "warn",
 ) -> Iterator[Outcome]:
     """Segment studies and write their masks to the folder `out`; yields what became of each, in order.
 
@@ -83,6 +88,8 @@ def predict(
     Raises IntegrityError, BackendError, EngineMismatchError or ConfigError, before any study, where the predictor or an
     argument can't be used.
     """
+    if ood not in LEVELS:
+        raise ConfigError(f"ood: expected one of {', '.join(LEVELS)}, got {ood!r}")
     part = part or Part()
     predictor.load()
     out.mkdir(parents=True, exist_ok=True)
@@ -120,7 +127,9 @@ def predict(
                     entry["pixels_sha256"] = hashlib.sha256(stack.image.tobytes()).hexdigest()
                     check_output_folder(stack, out)
                     with TemporaryDirectory(prefix=".partial-", dir=out) as beside:
-                        case = predictor.predict(stack, beside, labels=labels, window=window, probability=probability)
+                        case = predictor.predict(
+                            stack, beside, labels=labels, window=window, probability=probability, ood=ood
+                        )
                         hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in case.files]
                         files = _put(case.files, out, taken | _names(outcomes))
                     outcome, entry["outputs_sha256"] = _outcome(source, case, files), hashes
@@ -128,10 +137,15 @@ def predict(
                     # The sentence names files, and so perhaps the patient: it stays out of the log.
                     outcome.reason, entry["reason"] = str(error), type(error).__name__
                     outcome.code = entry["code"] = error.code
+                    outcome.ood = error.scores if isinstance(error, UnlikeTrainingError) else None
                 outcome.seconds = round(time.perf_counter() - started, 3)
                 audit.append(**entry, **_provenance(predictor, outcome))
             outcomes.append(outcome)
-            content = {"version": __version__, "cases": [asdict(each) for each in outcomes]}
+            content = {
+                "version": __version__,
+                **asdict(predictor.execution),
+                "cases": [asdict(each) for each in outcomes],
+            }
             atomic_write_text(summary, json.dumps(content, indent=2) + "\n")
             yield outcome
 
@@ -164,6 +178,7 @@ def _outcome(source: str, case: PredictedCase, files: list[str]) -> Outcome:
         slices=len(case.present),
         slices_labelled=int(case.present.any(axis=1).sum()),
         foreground_pixels=case.foreground_pixels,
+        ood="not available" if case.ood is None else case.ood.to_json(),
     )
 
 
@@ -174,11 +189,14 @@ def _provenance(predictor: Predictor, outcome: Outcome) -> dict[str, Any]:
         "warnings": [warning["code"] for warning in outcome.warnings],
         "manifest_sha256": predictor.sealed.manifest.sha256,
         "signed": predictor.sealed.verified,
-        "backend": predictor.backend,
+        "backend": predictor.execution.backend,
+        "fallback": predictor.execution.fallback,
         "precision": predictor.precision or settings.precisions[0],
         "version": __version__,
         "seconds": outcome.seconds,
         "foreground_pixels": outcome.foreground_pixels,
+        "ood": outcome.ood["status"] if isinstance(outcome.ood, dict) else outcome.ood,
+        "ood_scores": [*outcome.ood["scores"].values()] if isinstance(outcome.ood, dict) else None,
     }
 
 

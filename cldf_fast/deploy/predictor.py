@@ -9,6 +9,7 @@ A predictor can be pickled before it is loaded, so that Ray, Dask or a pool of p
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,25 @@ import numpy as np
 from cldf_fast import cases
 from cldf_fast.data.grid import Floats, Mask
 from cldf_fast.data.stacks import Stack
+from cldf_fast.deploy import ood as unlike
 from cldf_fast.deploy.manifest import SealedDirectory, open_sealed
 from cldf_fast.deploy.noise import pixel_seed, standard_normal
 from cldf_fast.deploy.runtime import OnnxSession, Session, in_batches
-from cldf_fast.errors import ConfigError, DataError, InputWarning, IntegrityError
+from cldf_fast.errors import (
+    BackendError,
+    ConfigError,
+    DataError,
+    EngineMismatchError,
+    InputWarning,
+    IntegrityError,
+    ParityError,
+    UnlikeTrainingError,
+)
 
 GRAPHS = ("segmentation", "labels")
+BOTTLENECK = "bottleneck"
+"""A third graph, of directories that have a score of how unlike the training images a study is."""
+ON_ENGINE_ERROR = ("fail", "rebuild", "onnx")
 RESEARCH_USE = "Research use only; not to be used for diagnostic purposes."
 
 
@@ -34,6 +48,7 @@ class Settings:
 
     size: working size S. views, levels: of the noise that each graph wants, by name. mirror: whether the second view is
     mirrored. window: of the intensities that it was trained on, or none. precisions: of the graphs that are there.
+    detector: of studies unlike the training images; None where the export had none at hand.
     """
 
     size: int
@@ -45,6 +60,12 @@ class Settings:
     views: dict[str, int]
     levels: dict[str, int]
     precisions: tuple[str, ...]
+    detector: unlike.Detector | None = None
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Names of the graphs."""
+        return tuple(self.views)
 
     @classmethod
     def of(cls, sealed: SealedDirectory) -> Settings:
@@ -54,6 +75,7 @@ class Settings:
         )
         try:
             window = preprocessing["window"]
+            graphs = GRAPHS if config["ood"] is None else (*GRAPHS, BOTTLENECK)
             return cls(
                 size=int(preprocessing["size"]),
                 class_names=tuple(labels["class_names"]),
@@ -61,9 +83,10 @@ class Settings:
                 label_threshold=tuple(map(float, labels["label_threshold"])),
                 window=None if window is None else (float(window[0]), float(window[1])),
                 mirror=bool(config["mirror"]),
-                views={name: int(config["graphs"][name]["views"]) for name in GRAPHS},
-                levels={name: int(config["graphs"][name]["levels"]) for name in GRAPHS},
+                views={name: int(config["graphs"][name]["views"]) for name in graphs},
+                levels={name: int(config["graphs"][name]["levels"]) for name in graphs},
                 precisions=tuple(config["precisions"]),
+                detector=None if config["ood"] is None else unlike.Detector.of(sealed),
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise IntegrityError(
@@ -86,7 +109,9 @@ class Result:
 @dataclass(frozen=True)
 class PredictedCase:
     """What was written for one input. present, label_probability: as in `Result`, for its slices. warnings: what is
-    doubtful about the input."""
+    doubtful about the input. ood: how unlike the training images it is, under the policy; None where the directory has
+    no such score.
+    """
 
     source: Path
     files: list[Path]
@@ -94,6 +119,15 @@ class PredictedCase:
     label_probability: Floats
     foreground_pixels: int
     warnings: tuple[InputWarning, ...]
+    ood: unlike.Judgement | None
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What runs the graphs. backend: its name; fallback: in a sentence, why not as asked; empty where it is."""
+
+    backend: str
+    fallback: str = ""
 
 
 class Predictor:
@@ -102,7 +136,10 @@ class Predictor:
     folder: an engine directory. precision: of the graphs, by default the directory's first. backend: "onnx" (ONNX
     Runtime on the CPU), "tensorrt" or "tensorrt_rtx". public_key: of whom it has to be signed by. threads: of ONNX
     Runtime, 0 for as many as there are cores. max_batch: images in one call of it, which bounds memory; on two cores
-    one image at a time is as fast as many.
+    one image at a time is as fast as many. on_engine_error: where no engine of the directory can be loaded here,
+    "fail", "rebuild" one for this GPU from the ONNX files, in memory alone and used if it passes parity, or take
+    "onnx"; with either a warning is issued, and `execution` says what runs and why. A file that is not as sealed always
+    fails.
     """
 
     def __init__(
@@ -114,7 +151,10 @@ class Predictor:
         public_key: Path | None = None,
         threads: int = 0,
         max_batch: int = 4,
+        on_engine_error: str = "fail",
     ) -> None:
+        if on_engine_error not in ON_ENGINE_ERROR:
+            raise ConfigError(f"on_engine_error: expected one of {', '.join(ON_ENGINE_ERROR)}, got {on_engine_error!r}")
         if backend not in ("onnx", "tensorrt", "tensorrt_rtx"):
             raise ConfigError(f"backend: expected onnx, tensorrt or tensorrt_rtx, got {backend!r}")
         self.folder = Path(folder)
@@ -123,7 +163,9 @@ class Predictor:
         self.public_key = public_key
         self.threads = threads
         self.max_batch = max_batch
+        self.on_engine_error = on_engine_error
         self._loaded: tuple[SealedDirectory, Settings, dict[str, Session]] | None = None
+        self._execution = Execution(backend)
 
     def __enter__(self) -> Predictor:
         self.load()
@@ -131,18 +173,18 @@ class Predictor:
 
     def __exit__(self, *_: object) -> None:
         if self._loaded is not None:
-            for session in self._loaded[2].values():
-                session.close()
+            _close(self._loaded[2])
         self._loaded = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_loaded": None}
+        return self.__dict__ | {"_loaded": None, "_execution": Execution(self.backend)}
 
     def load(self) -> Settings:
         """Check the directory and load its graphs; does nothing the second time.
 
         Raises IntegrityError for a directory that is not as its manifest says, EngineMismatchError for an engine of
-        another GPU, system or TensorRT, BackendError where the runtime is absent.
+        another GPU, system or TensorRT, BackendError where the runtime is absent, ParityError for an engine that was
+        built again and does not agree with PyTorch.
         """
         return self._load()[1]
 
@@ -150,6 +192,12 @@ class Predictor:
     def sealed(self) -> SealedDirectory:
         """The directory, checked."""
         return self._load()[0]
+
+    @property
+    def execution(self) -> Execution:
+        """What runs the graphs, which are loaded."""
+        self._load()
+        return self._execution
 
     def _load(self) -> tuple[SealedDirectory, Settings, dict[str, Session]]:
         if self._loaded is None:
@@ -161,12 +209,47 @@ class Predictor:
                     f"precision: expected one of {', '.join(settings.precisions)}, which {self.folder} holds, "
                     f"got {precision!r}"
                 )
-            self._loaded = sealed, settings, self._sessions(sealed, precision)
+            files = {name: f"{name}.{precision}.onnx" for name in settings.graphs}
+            try:
+                self._loaded = sealed, settings, self._sessions(sealed, files, self.backend)
+                self._execution = Execution(self.backend)
+            except (BackendError, EngineMismatchError) as error:
+                if self.backend == "onnx" or self.on_engine_error == "fail":
+                    raise
+                self._fall_back(sealed, settings, files, str(error))
+        assert self._loaded is not None
         return self._loaded
 
-    def _sessions(self, sealed: SealedDirectory, precision: str) -> dict[str, Session]:
-        files = {name: f"{name}.{precision}.onnx" for name in GRAPHS}
-        if self.backend == "onnx":
+    def _fall_back(self, sealed: SealedDirectory, settings: Settings, files: dict[str, str], reason: str) -> None:
+        if self.on_engine_error == "onnx":
+            why = f"ONNX Runtime on the CPU in place of {self.backend}, because: {reason}"
+            self._execution = Execution("onnx", why)
+            self._loaded = sealed, settings, self._sessions(sealed, files, "onnx")
+        else:
+            self._execution = Execution(self.backend, f"engines were built again for this GPU, because: {reason}")
+            self._loaded = sealed, settings, self._sessions(sealed, files, self.backend, rebuild=True)
+            self._check_parity(sealed)
+        warnings.warn(self._execution.fallback, RuntimeWarning, stacklevel=2)
+
+    def _check_parity(self, sealed: SealedDirectory) -> None:
+        from cldf_fast.deploy import parity
+
+        try:
+            failures = parity.measure(self, parity.golden_cases(sealed)).failures
+            if failures:
+                raise ParityError(
+                    f"{self.backend}: the engine built for this GPU differs from PyTorch ({'; '.join(failures)}); use "
+                    f"--backend onnx"
+                )
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _sessions(
+        self, sealed: SealedDirectory, files: dict[str, str], backend: str, *, rebuild: bool = False
+    ) -> dict[str, Session]:
+        """A session of each ONNX file, or none at all."""
+        if backend == "onnx":
             # All of them are checked before one reaches the runtime.
             models = {name: sealed.read(file) for name, file in files.items()}
             return {
@@ -175,7 +258,15 @@ class Predictor:
             }
         from cldf_fast.deploy.tensorrt import TensorRTSession
 
-        return {name: TensorRTSession.of(sealed, file, flavour=self.backend) for name, file in files.items()}
+        load = TensorRTSession.rebuilt if rebuild else TensorRTSession.of
+        sessions: dict[str, Session] = {}
+        try:
+            for name, file in files.items():
+                sessions[name] = load(sealed, file, flavour=backend)
+        except BaseException:
+            _close(sessions)
+            raise
+        return sessions
 
     def segment(self, images: Floats, labels: cases.Labels | None = None, *, everywhere: bool = True) -> Result:
         """Segment images float32 [N, C, S, S] in [-1, 1] at the working size.
@@ -186,9 +277,7 @@ class Predictor:
         Raises DataError for another shape or dtype, and where a result is not finite.
         """
         _, settings, sessions = self._load()
-        shape = (len(settings.channel_names), settings.size, settings.size)
-        if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != shape or not len(images):
-            raise DataError(f"images: expected float32 [N, {', '.join(map(str, shape))}], got {_described(images)}")
+        shape = self._check_images(images)
         classes = len(settings.class_names)
         if labels is not None and (labels.dtype != np.bool_ or labels.shape != (len(images), classes)):
             raise DataError(f"labels: expected bool {[len(images), classes]}, got {_described(labels)}")
@@ -220,6 +309,38 @@ class Predictor:
             )
         return values
 
+    def bottleneck(self, images: Floats) -> Floats:
+        """The CDM's deepest feature float32 [N, F], averaged over pixels, of images as `segment` takes them.
+
+        Raises DataError as `segment` does, ConfigError where the directory has no such graph.
+        """
+        sessions = self._load()[2]
+        if BOTTLENECK not in sessions:
+            raise ConfigError(f"{self.folder}: has no graph {BOTTLENECK}; export with the data set at hand (--data)")
+        self._check_images(images)
+        inputs = {"image": images, "noise": self._noise(BOTTLENECK, images)}
+        found = in_batches(sessions[BOTTLENECK], inputs)[BOTTLENECK]
+        _check_finite("bottleneck features", found)
+        return found
+
+    def judge(self, images: Floats) -> unlike.Judgement | None:
+        """How unlike the training images one study is, whose slices are images as `segment` takes them.
+
+        None where the directory has no such score.
+        """
+        detector = self.load().detector
+        if detector is None:
+            return None
+        chosen = images[unlike.spread(len(images))]
+        return detector.judge({"intensity": unlike.intensity_features(chosen), BOTTLENECK: self.bottleneck(chosen)})
+
+    def _check_images(self, images: Floats) -> tuple[int, int, int]:
+        settings = self.load()
+        shape = (len(settings.channel_names), settings.size, settings.size)
+        if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != shape or not len(images):
+            raise DataError(f"images: expected float32 [N, {', '.join(map(str, shape))}], got {_described(images)}")
+        return shape
+
     def _noise(self, graph: str, images: Floats) -> Floats:
         """Noise [N, V, T, C, S, S] of a graph, seeded by the pixels of each view."""
         _, settings, _ = self._load()
@@ -239,18 +360,30 @@ class Predictor:
         labels: Sequence[str] | str | None = None,
         window: tuple[float, float] | None = None,
         probability: bool = False,
+        ood: str = "warn",
     ) -> PredictedCase:
         """Segment one study and write its mask to the folder `out`, in the study's own format and geometry.
 
         source: a path (see `cases.read_case`) or what `read` returned. labels: names of the classes that are present in
         every slice, "all" or "none"; None: predicted slice by slice. window: (low, high) in stored units, in place of
-        the directory's own. probability: also write the class probabilities.
-        Raises DataError for an input that can't be used; nothing is written then.
+        the directory's own. probability: also write the class probabilities. ood: "accept", "warn" or "refuse", the
+        most that happens to a study that is unlike the training images.
+        Raises DataError for an input that can't be used, UnlikeTrainingError for one that is refused; nothing is
+        written then.
         """
         settings = self.load()
         stack = self.read(source) if isinstance(source, str) else source
         window = window or settings.window
         images = cases.working_images(stack, settings.size, window=window)
+        judgement = self.judge(images)
+        if judgement is not None:
+            judgement = judgement.capped(ood)
+            if judgement.status == "refuse":
+                raise UnlikeTrainingError(
+                    f"{stack.source}: is unlike the images that the networks were trained on ({judgement.sentence()}); "
+                    f"check channels, orientation and modality, or use --ood warn",
+                    judgement.to_json(),
+                )
         given = None
         if labels is not None:
             text = labels if isinstance(labels, str) else ",".join(labels)
@@ -264,13 +397,25 @@ class Predictor:
             class_names=settings.class_names,
             keep_probability=probability,
         )
-        doubts = (*stack.warnings, *cases.window_doubts(stack, window))
-        return PredictedCase(stack.source, files, result.present, result.label_probability, foreground, doubts)
+        return PredictedCase(
+            stack.source,
+            files,
+            result.present,
+            result.label_probability,
+            foreground,
+            (*stack.warnings, *cases.window_doubts(stack, window)),
+            judgement,
+        )
 
 
 def second_view(images: Floats, *, mirror: bool) -> Floats:
     """`segmentation.second_view` of arrays [..., H, W]."""
     return np.roll(images[..., ::-1] if mirror else images, (1, 1), axis=(-2, -1))
+
+
+def _close(sessions: dict[str, Session]) -> None:
+    for session in sessions.values():
+        session.close()
 
 
 def _check_finite(what: str, values: Floats) -> None:

@@ -175,6 +175,21 @@ class TensorRTSession:
         name = sealed.engine(runtime, onnx=onnx)
         return cls(sealed.read(name), sealed.manifest.engines[name].shapes, cuda, trt)
 
+    @classmethod
+    def rebuilt(cls, sealed: SealedDirectory, onnx: str, *, flavour: str) -> TensorRTSession:
+        """An engine that is built now from an ONNX file of a directory, for the GPU of this machine; nothing is kept.
+
+        Its batch sizes are those of the directory's engines of that file, where it holds one. Raises BackendError
+        where it can't be built or loaded.
+        """
+        trt, cuda = library(flavour), Cuda()
+        source = sealed.manifest.files[onnx].sha256
+        profiles = [key.shapes for key in sealed.manifest.engines.values() if key.onnx_sha256 == source]
+        batches = Batches(*(shape[0] for shape in next(iter(profiles[0].values())))) if profiles else Batches()
+        here = [cuda.capability] if capabilities(flavour) else []
+        engine = build(sealed.read(onnx), flavour=flavour, batches=batches, compute_capabilities=here)
+        return cls(engine.plan, engine.shapes, cuda, trt)
+
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """See `deploy.runtime.Session`. Fewer rows than the engine's smallest batch are filled up."""
         given = len(next(iter(inputs.values())))

@@ -1,4 +1,4 @@
-"""An engine directory with random contents, and keys to sign it with."""
+"""Engine directories, with random contents and exported, and keys to sign them with."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ import hashlib
 import io
 import json
 import random
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
+import torch
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from cldf_fast.data.base import SliceDataset, Study, StudyRef
+from cldf_fast.data.geometry import Geometry
+from cldf_fast.deploy import export as exporting
 from cldf_fast.deploy.manifest import EngineKey, operating_system, seal
+from cldf_fast.pipeline import CLDF
+from cldf_fast.run import Run
+from tests.test_run import RECORD, saved
 
 FP16, FP32 = "engines/0a1b2c3d_fp16_sm86.plan", "engines/0a1b2c3d_fp32_sm86.engine"
 
@@ -89,3 +99,57 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def other_keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Those of somebody else."""
     return _write_pair(tmp_path_factory.mktemp("keys") / "other")
+
+
+def a_study(name: str) -> Study:
+    """Noise about a bright disc, of six slices."""
+    rng = np.random.default_rng()
+    radius = np.hypot(*np.meshgrid(np.linspace(-1, 1, 16), np.linspace(-1, 1, 16)))
+    image = 100.0 * (radius < 0.8) + rng.gamma(4, 5, (6, 2, 16, 16))
+    image[:, 1] *= 3.0 - 2 * radius
+    return Study(
+        name,
+        name,
+        torch.from_numpy(image.astype(np.float32)),
+        Geometry(np.eye(4), physical=True),
+        tuple(f"{name}-{i}" for i in range(6)),
+        Path(name),
+        labels=torch.from_numpy(rng.random((6, 3)) < 0.5),
+    )
+
+
+def write_study(image: np.ndarray, folder: Path, name: str) -> str:
+    """Channels float [S, 2, H, W] as two NIfTI files; returns what `predict` takes."""
+    paths = []
+    for channel in range(2):
+        paths.append(str(folder / f"{name}-{channel}.nii.gz"))
+        nibabel.save(nibabel.Nifti1Image(image[:, channel].transpose(2, 1, 0), np.diag([2, 2, 5, 1.0])), paths[-1])
+    return ",".join(paths)
+
+
+def a_part(start: int, count: int) -> SliceDataset:
+    names = [f"study-{number}" for number in range(start, start + count)]
+    refs = [StudyRef(name, name, 6, partial(a_study, name)) for name in names]
+    return SliceDataset(refs, RECORD.class_names, RECORD.channel_names)
+
+
+@pytest.fixture(scope="session")
+def module_cldf(tiny_config: Any, make_tiny_cldf: Any) -> CLDF:
+    # Of a data set that is not at hand, so that golden images are synthetic.
+    data = tiny_config.data.model_copy(update={"dataset": "lgg"})
+    return make_tiny_cldf(tiny_config.model_copy(update={"data": data}))
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory, module_cldf: CLDF) -> Run:
+    return saved(module_cldf, tmp_path_factory.mktemp("export") / "run")
+
+
+@pytest.fixture(scope="session")
+def engine(run: Run) -> Path:
+    """An engine directory of the run, exported with a data set at hand. Not to be changed."""
+    parts = {"train": a_part(0, 30), "val": a_part(30, 12)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "open_parts", lambda config, data: parts)
+        exporting.export(run, run.path.parent / "engine", precisions=("float32", "float16"), data=run.path)
+    return run.path.parent / "engine"

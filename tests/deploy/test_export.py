@@ -32,28 +32,9 @@ from cldf_fast.errors import BackendError, ConfigError, DataError, EngineMismatc
 from cldf_fast.inference import read_case, segment_case
 from cldf_fast.pipeline import CLDF
 from cldf_fast.run import Run
-from tests.test_run import RECORD, saved
+from tests.test_run import RECORD
 
 runner = CliRunner()
-
-
-@pytest.fixture(scope="module")
-def module_cldf(tiny_config: Any, make_tiny_cldf: Any) -> CLDF:
-    # Of a data set that is not at hand, so that golden images are synthetic.
-    data = tiny_config.data.model_copy(update={"dataset": "lgg"})
-    return make_tiny_cldf(tiny_config.model_copy(update={"data": data}))
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, module_cldf: CLDF) -> Run:
-    return saved(module_cldf, tmp_path_factory.mktemp("export") / "run")
-
-
-@pytest.fixture(scope="module")
-def engine(run: Run) -> Path:
-    """An engine directory of the run."""
-    export(run, run.path.parent / "engine", precisions=("float32", "float16"))
-    return run.path.parent / "engine"
 
 
 @pytest.fixture
