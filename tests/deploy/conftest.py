@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import random
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -153,3 +154,24 @@ def engine(run: Run) -> Path:
         patch.setattr(exporting, "open_parts", lambda config, data: parts)
         exporting.export(run, run.path.parent / "engine", precisions=("float32", "float16"), data=run.path)
     return run.path.parent / "engine"
+
+
+@pytest.fixture
+def copied(engine: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    return Path(shutil.copytree(engine, tmp_path / "engine"))
+
+
+def images(count: int) -> np.ndarray:
+    return (torch.rand(count, 2, 16, 16) * 2 - 1).numpy()
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> str:
+    """Two NIfTI files of seven slices, as channels."""
+    paths = []
+    for name in ("t1", "t2"):
+        values = np.random.default_rng().gamma(2.0, 100.0, (21, 19, 7)).astype(np.float32)
+        nibabel.save(nibabel.Nifti1Image(values, np.diag([2.0, 2.0, 5.0, 1.0])), tmp_path / f"{name}.nii.gz")
+        paths.append(str(tmp_path / f"{name}.nii.gz"))
+    return ",".join(paths)

@@ -32,30 +32,10 @@ from cldf_fast.errors import BackendError, ConfigError, DataError, EngineMismatc
 from cldf_fast.inference import read_case, segment_case
 from cldf_fast.pipeline import CLDF
 from cldf_fast.run import Run
+from tests.deploy.conftest import images
 from tests.test_run import RECORD
 
 runner = CliRunner()
-
-
-@pytest.fixture
-def copied(engine: Path, tmp_path: Path) -> Path:
-    """A copy to be damaged."""
-    return Path(shutil.copytree(engine, tmp_path / "engine"))
-
-
-def images(count: int) -> np.ndarray:
-    return (torch.rand(count, 2, 16, 16) * 2 - 1).numpy()
-
-
-@pytest.fixture
-def study(tmp_path: Path) -> str:
-    """Two NIfTI files of seven slices, as channels."""
-    paths = []
-    for name in ("t1", "t2"):
-        values = np.random.default_rng().gamma(2.0, 100.0, (21, 19, 7)).astype(np.float32)
-        nibabel.save(nibabel.Nifti1Image(values, np.diag([2.0, 2.0, 5.0, 1.0])), tmp_path / f"{name}.nii.gz")
-        paths.append(str(tmp_path / f"{name}.nii.gz"))
-    return ",".join(paths)
 
 
 # What comes out

@@ -29,14 +29,14 @@ from cldf_fast.deploy.tensorrt import Batches
 from cldf_fast.deploy.triton_server import write_triton_repository
 from cldf_fast.deploy.verification import verify
 from cldf_fast.errors import CLDFError, ConfigError, EngineMismatchError, IntegrityError
-from tests.deploy.test_export import copied, engine, images, module_cldf, run, study  # noqa: F401
+from tests.deploy.conftest import images
 
 runner = CliRunner()
 MODELS = ("cldf", "cldf_labels", "cldf_segmentation")
 
 
 @pytest.fixture(scope="module")
-def repository(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def repository(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of float32 graphs, in batches of at most 5."""
     out = tmp_path_factory.mktemp("triton") / "repository"
     write_triton_repository(engine, out, batches=Batches(1, 2, 5))
@@ -253,7 +253,7 @@ def test_configurations_say_what_the_graphs_take(repository: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_the_server_gives_what_the_predictor_gives(
-    engine: Path,  # noqa: F811
+    engine: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     precision: str,
@@ -341,7 +341,7 @@ def test_a_repository_that_was_changed_is_not_served(
 
 
 def test_signatures_travel_and_are_checked(
-    copied: Path,  # noqa: F811
+    copied: Path,
     tmp_path: Path,
     keys: tuple[Path, Path],
     other_keys: tuple[Path, Path],
@@ -385,7 +385,7 @@ def _with_engines(folder: Path, smallest: int) -> dict[str, bytes]:
     return plans
 
 
-def test_engines_are_served_in_their_own_batches(copied: Path, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: F811
+def test_engines_are_served_in_their_own_batches(copied: Path, tmp_path: Path, monkeypatch: Any) -> None:
     plans = _with_engines(copied, smallest=1)
     write_triton_repository(copied, tmp_path / "r", precision="float16", backend="tensorrt")
     for graph in ("labels", "segmentation"):
@@ -416,7 +416,7 @@ def test_engines_are_served_in_their_own_batches(copied: Path, tmp_path: Path, m
     ],
 )
 def test_what_can_not_be_served_is_said_and_nothing_is_left(
-    engine: Path,  # noqa: F811
+    engine: Path,
     tmp_path: Path,
     options: dict[str, Any],
     error: type[CLDFError],
@@ -427,7 +427,7 @@ def test_what_can_not_be_served_is_said_and_nothing_is_left(
     assert not list(tmp_path.iterdir())
 
 
-def test_bfloat16_is_not_for_onnx_runtime(copied: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_bfloat16_is_not_for_onnx_runtime(copied: Path, tmp_path: Path) -> None:
     config = json.loads((copied / "config.json").read_text(encoding="utf-8"))
     (copied / "config.json").write_text(json.dumps(config | {"precisions": ["bfloat16"]}), encoding="utf-8")
     for graph in ("labels", "segmentation"):
@@ -438,7 +438,7 @@ def test_bfloat16_is_not_for_onnx_runtime(copied: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [write_triton_repository, write_monai_bundle])
-def test_damage_that_is_met_on_the_way_leaves_nothing(copied: Path, tmp_path: Path, write: Any) -> None:  # noqa: F811
+def test_damage_that_is_met_on_the_way_leaves_nothing(copied: Path, tmp_path: Path, write: Any) -> None:
     (copied / "golden/cases.json").write_bytes(b"{")
     with pytest.raises(IntegrityError, match=r"golden/cases\.json: expected"):
         write(copied, tmp_path / "out")
@@ -452,13 +452,13 @@ def test_damage_that_is_met_on_the_way_leaves_nothing(copied: Path, tmp_path: Pa
 
 
 @pytest.fixture(scope="module")
-def bundle(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def bundle(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("monai") / "bundle"
     write_monai_bundle(engine, out)
     return out
 
 
-def test_the_network_gives_the_predictor_s_masks(engine: Path) -> None:  # noqa: F811
+def test_the_network_gives_the_predictor_s_masks(engine: Path) -> None:
     x = images(4)
     found = EngineNetwork(Predictor(engine))(torch.from_numpy(x))
     expected = Predictor(engine).segment(x)
@@ -469,7 +469,7 @@ def test_the_network_gives_the_predictor_s_masks(engine: Path) -> None:  # noqa:
     assert not found[:, 1:][~present].any()
 
 
-def test_a_bundle_holds_what_monai_asks_for(bundle: Path, engine: Path) -> None:  # noqa: F811
+def test_a_bundle_holds_what_monai_asks_for(bundle: Path, engine: Path) -> None:
     files = {str(file.relative_to(bundle)) for file in bundle.rglob("*") if file.is_file()}
     assert files - {f"models/engine/{file.relative_to(engine)}" for file in engine.rglob("*")} == {
         "LICENSE",
@@ -497,8 +497,8 @@ def test_a_bundle_holds_what_monai_asks_for(bundle: Path, engine: Path) -> None:
 
 def test_monai_runs_a_bundle(
     bundle: Path,
-    engine: Path,  # noqa: F811
-    study: str,  # noqa: F811
+    engine: Path,
+    study: str,
     tmp_path: Path,
 ) -> None:
     monai = pytest.importorskip("monai.bundle")
@@ -535,14 +535,14 @@ write_monai_bundle(Path(sys.argv[1]), Path(sys.argv[2]) / "bundle")
 """
 
 
-def test_neither_needs_torch_to_be_written(engine: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_neither_needs_torch_to_be_written(engine: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", _WITHOUT_TORCH, str(engine), str(tmp_path)]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     assert {each.name for each in tmp_path.iterdir()} == {"repository", "bundle"}
 
 
-def test_commands(engine: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_commands(engine: Path, tmp_path: Path) -> None:
     for name in ("triton-server", "monai-bundle"):
         out = str(tmp_path / name)
         options = ["--format", name, "--out", out, "--precision", "float16"]
