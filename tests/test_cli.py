@@ -183,7 +183,10 @@ def test_convert_says_what_is_missing_and_writes_nothing(tmp_path: Path) -> None
     for given, sentence in (
         ([], "num_head_channels (any number of heads has these shapes), new_attention_order"),
         (_STATED, "a classifier's heads are stated by num_head_channels"),
-        ([*_STATED[2:], "--num-head-channels", "32", "--kind", "unet"], "expected a unet, found a classifier"),
+        (
+            [*_STATED[2:], "--softmax", "--num-head-channels", "32", "--kind", "unet"],
+            "expected a unet, found a classifier",
+        ),
     ):
         result = subprocess.run(
             [sys.executable, "-m", "cldf_fast", *arguments, *given], capture_output=True, text=True, check=False

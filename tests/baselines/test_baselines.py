@@ -232,7 +232,14 @@ FAR = F.max_pool2d(REGIONS[:, 0], 9, 1, 4) == 0  # beyond the reach of the smoot
 
 
 def stand_ins(classifier: Any, unet: Any) -> Any:
-    return SimpleNamespace(config=Config(), diffusion=Diffusion(), classifier=classifier, unet=unet, num_classes=2)
+    return SimpleNamespace(
+        config=Config(),
+        diffusion=Diffusion(),
+        classifier=classifier,
+        classifier_time=lambda step: torch.tensor([float(step)]),
+        unet=unet,
+        num_classes=2,
+    )
 
 
 def conditioned_noise(x: Tensor, times: Tensor, condition: Tensor) -> Tensor:
