@@ -23,7 +23,7 @@ from cldf_fast.data.stacks import Stack, check_output_folder
 from cldf_fast.deploy.audit import AuditLog, pseudonym, pseudonym_key
 from cldf_fast.deploy.ood import LEVELS
 from cldf_fast.deploy.predictor import PredictedCase, Predictor
-from cldf_fast.errors import CLDFError, ConfigError, DataError, UnlikeTrainingError
+from cldf_fast.errors import CLDFError, ConfigError, DataError, IntegrityError, UnlikeTrainingError
 from cldf_fast.files import atomic_write_text
 
 AUDIT_FIELDS = (
@@ -86,7 +86,7 @@ def predict(
     refused, and nothing of it is written. go_on: leave out what the summary of an earlier run lists as done, and whose
     files are there. Other arguments as in `Predictor.predict`.
     Raises IntegrityError, BackendError, EngineMismatchError or ConfigError, before any study, where the predictor or an
-    argument can't be used.
+    argument can't be used; IntegrityError also where a graph does not give what the directory says.
     """
     if ood not in LEVELS:
         raise ConfigError(f"ood: expected one of {', '.join(LEVELS)}, got {ood!r}")
@@ -133,6 +133,8 @@ def predict(
                         hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in case.files]
                         files = _put(case.files, out, taken | _names(outcomes))
                     outcome, entry["outputs_sha256"] = _outcome(source, case, files), hashes
+                except IntegrityError:
+                    raise  # The directory is to blame, not the study.
                 except CLDFError as error:
                     # The sentence names files, and so perhaps the patient: it stays out of the log.
                     outcome.reason, entry["reason"] = str(error), type(error).__name__

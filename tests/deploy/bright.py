@@ -25,6 +25,7 @@ def write_bright_engine(folder: Path, *, size: int = 16, window: tuple[float, fl
             "mirror": False,
             "graphs": {"segmentation": graph, "labels": graph},
             "precisions": ["float32"],
+            "ood": None,
         },
         "preprocessing": {"size": size, "channel_names": ["grey"], "window": window},
         "labels": {"class_names": CLASSES, "label_threshold": [0.5, 0.5]},
