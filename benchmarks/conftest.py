@@ -27,6 +27,7 @@ from benchmarks.suite import SEED, Benchmark, OtherLoad, Problem, Work, copy_rat
 from cldf_fast.doctor import collect
 from cldf_fast.files import atomic_write_text
 
+STEMS = pytest.StashKey[list[str]]()
 FAILED = pytest.StashKey[dict[str, str]]()
 OTHERS = pytest.StashKey[OtherLoad]()
 
@@ -37,6 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[STEMS] = []
     config.stash[FAILED] = {}
     config.stash[OTHERS] = OtherLoad()
 
@@ -44,6 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     benchmark: Benchmark = metafunc.module.BENCHMARK
     quick = metafunc.config.getoption("quick")
+    metafunc.config.stash[STEMS].append(stem_of(metafunc.module.__file__))
     # Problem by problem, so that what rivals are compared with is computed once.
     calls = [
         (rival, problem)
@@ -83,7 +86,7 @@ def pytest_runtest_call(item: pytest.Function) -> Generator[None, None, None]:
 def pytest_runtest_makereport(
     item: pytest.Function, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    if call.excinfo is not None:
+    if call.excinfo is not None and not call.excinfo.errisinstance(pytest.skip.Exception):
         item.config.stash[FAILED][item.nodeid] = f"{call.excinfo.typename}: {call.excinfo.value}".split("\n")[0][:200]
     report = yield
     return report
@@ -101,7 +104,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
         return
     failed, quick = config.stash[FAILED], config.getoption("quick")
     others_share = config.stash[OTHERS].share()
-    for stem in dict.fromkeys(stem_of(run["fullname"]) for run in output_json["benchmarks"]):
+    for stem in config.stash[STEMS]:
         runs = [run for run in output_json["benchmarks"] if stem_of(run["fullname"]) == stem]
         document = results_document(load(stem), stem, runs, failed, quick=quick)
         if others_share is not None:

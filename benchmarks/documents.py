@@ -192,7 +192,7 @@ def remarks(results: Mapping[str, Document]) -> list[str]:
     sentences = sorted({where(document) for document in results.values()})
     for document in results.values():
         name = document["benchmark"]
-        sentences += [f"{name}: no {rival}: {reason}" for rival, reason in document.get("gaps", {}).items()]
+        sentences += [f"{name}: {gap}" for gap in gaps(document)]
         sentences += [f"{name}: FAILED: {row}: {reason}" for row, reason in document.get("failed", {}).items()]
         busy = sum(disturbed(row) for row in document["rows"])
         if busy:
@@ -200,6 +200,14 @@ def remarks(results: Mapping[str, Document]) -> list[str]:
                 f"{name}: {busy} of {len(document['rows'])} rows while others kept the machine busy; measure again"
             )
     return sentences
+
+
+def gaps(document: Document) -> list[str]:
+    """What was not measured, and why."""
+    by_reason: dict[str, list[str]] = {}
+    for rival, reason in document.get("gaps", {}).items():
+        by_reason.setdefault(reason, []).append(rival)
+    return [f"no {', '.join(rivals)}: {reason}" for reason, rivals in by_reason.items()]
 
 
 def changes_table(changes: Sequence[Change], notes: Sequence[str], factor: float) -> str:
@@ -349,7 +357,7 @@ def _provenance(document: Document) -> str:
             f"ceilings {ceilings['operations_per_second'] / 1e9:.0f} GFLOP/s and "
             f"{ceilings['bytes_per_second'] / 1e9:.1f} GB/s"
         )
-    figures += [f"no {rival}: {reason}" for rival, reason in document.get("gaps", {}).items()]
+    figures += gaps(document)
     return f"{'; '.join(figures)}."
 
 

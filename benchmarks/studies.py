@@ -24,9 +24,9 @@ from cldf_fast.files import atomic_write_text
 from cldf_fast.run import Run
 from cldf_fast.training.fit import NETWORKS
 
-_FEW = {"optimisation": {"steps": 4, "warmup_steps": 1, "save_every": 4, "log_every": 1}}
-QUICK = {name: _FEW for name in NETWORKS}
-"""Overrides of the configuration with which every step of a study is over soon."""
+_FEW: dict[str, Any] = {"optimisation": {"steps": 4, "warmup_steps": 1, "save_every": 4, "log_every": 1}}
+QUICK = dict.fromkeys(NETWORKS, _FEW) | {"cdm": _FEW | {"network": {"model_channels": 8}}}
+"""Overrides of a study's configuration with which all of it is over soon."""
 
 FIGURES = ("mean", "std", "ci95", "n", "seed_means", "seed_std")
 
@@ -62,8 +62,9 @@ def run(name: str, *, data: Path | None, out: Path, networks: Path | None, seeds
 
 
 def _configuration(name: str, run: Path | None, *, quick: bool) -> Config:
-    source = ROOT / "benchmarks" / "configs" / f"{name}.yaml" if run is None else run / "config.yaml"
-    return load_config(source, QUICK if quick else {})
+    if run is not None:  # whose networks are as they are
+        return load_config(run / "config.yaml", {"decoder": _FEW} if quick else {})
+    return load_config(ROOT / "benchmarks" / "configs" / f"{name}.yaml", QUICK if quick else {})
 
 
 def _take(networks: Path, out: Path) -> list[str]:

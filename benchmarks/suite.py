@@ -48,7 +48,7 @@ class Benchmark:
     rivals: names of the rivals of a problem, ours among them.
     case: `case(rival, **problem)` prepares, and returns the call that is timed.
     problems: what a full run measures.
-    quick: what `--quick` measures instead: seconds in all, compilation included.
+    quick: what `--quick` measures instead, in seconds.
     small: a problem that is over in a moment; its sizes warm a process up before memory is measured.
     headlines: the problems that the README shows.
     variants: rivals that are this package too, in another precision or use: shown, but no rivals.
@@ -79,7 +79,7 @@ class Benchmark:
         if operation is not None and (state := backend_report()[operation]["cpu"]) != "serving":
             return state
         if quick and rival in self.slow:
-            return "left out of --quick: it compiles longer than the others run"
+            return "left out of --quick: it takes longer to prepare than all else together"
         return None
 
 
