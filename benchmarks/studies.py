@@ -24,8 +24,15 @@ from cldf_fast.files import atomic_write_text
 from cldf_fast.run import Run
 from cldf_fast.training.fit import NETWORKS
 
-_FEW: dict[str, Any] = {"optimisation": {"steps": 4, "warmup_steps": 1, "save_every": 4, "log_every": 1}}
-QUICK = dict.fromkeys(NETWORKS, _FEW) | {"cdm": _FEW | {"network": {"model_channels": 8}}}
+_FEW: dict[str, Any] = {
+    "optimisation": {"steps": 4, "batch_size": 4, "warmup_steps": 1, "save_every": 4, "log_every": 1}
+}
+QUICK = {
+    "data": {"size": 32},
+    "cdm": _FEW | {"network": {"model_channels": 8}},
+    "classifier": _FEW | {"network": {"model_channels": 16}},
+    "decoder": _FEW | {"passes": 1},
+}
 """Overrides of a study's configuration with which all of it is over soon."""
 
 FIGURES = ("mean", "std", "ci95", "n", "seed_means", "seed_std")

@@ -400,14 +400,21 @@ def test_a_study_trains_evaluates_and_keeps_figures_alone(study: Path) -> None:
 
 
 def test_a_study_goes_on_from_given_networks(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cldf_fast.data import phantom
-
-    monkeypatch.setattr(phantom, "PHANTOM_SPLIT", {"train": 6, "val": 3, "test": 3})
-    given, out = tmp_path / "given", tmp_path / "run"
+    given, out, calls = tmp_path / "given", tmp_path / "run", []
     shutil.copytree(study, given)
     (given / "decoder.safetensors").unlink()
-    written = studies.run("phantom", data=None, out=out, networks=given, seeds=1, quick=True)
+    evaluated = json.loads((study / "metrics.json").read_text(encoding="utf-8"))
+    monkeypatch.setattr(
+        studies.workflow, "train", lambda config, networks, **_options: calls.append((config, networks))
+    )
+    monkeypatch.setattr(studies.workflow, "evaluate", lambda _run, **options: calls.append(options) or evaluated)
+    written = studies.run("phantom", data=None, out=out, networks=given, seeds=5, quick=False)
     assert json.loads(written.read_text(encoding="utf-8"))["trained"] == ["decoder"]
+    (config, networks), options = calls
+    assert (config.data.size, networks) == (32, ["decoder"])  # the given networks' own configuration
+    assert options["decoder_seeds"] == 5
+    assert options["upper_bound"]
+    assert "cg_diff" in options["baselines"]
     for network in ("cdm", "classifier"):
         assert (out / f"{network}.safetensors").read_bytes() == (study / f"{network}.safetensors").read_bytes()
     assert main(["study", "phantom", "--quick", "--networks", str(given), "--out", str(out)]) == 2
