@@ -288,6 +288,16 @@ def case(rival: str, part: str, batch: int, size: int, levels: int, classes: int
     return partial(ours_whole, saliency, x, classes)
 
 
+def check(rival: str, problem: Problem, result: tuple[Tensor, ...]) -> None:
+    """Maps agree with another's to 1e-4, and labels but for a few pixels whose map is at a threshold."""
+    expected = result_of("saliency", INDEPENDENT[problem["part"]] if rival == OURS else OURS, problem)
+    for found, theirs in zip(result[:2], expected[:2], strict=True):
+        torch.testing.assert_close(found, theirs, rtol=0, atol=1e-4)
+        assert found.std() > 0.01
+    assert (result[2] != expected[2]).float().mean() < 1e-3
+    assert len(result[2].unique()) > 1
+
+
 def work(problem: Problem) -> Work:
     """Our own operations; gradients and CAMs, or weights and images, are read, and maps and labels written."""
     part, batch, size, levels, classes = problem.values()
@@ -302,9 +312,10 @@ BENCHMARK = Benchmark(
     ours=OURS,
     rivals=lambda problem: RIVALS[problem["part"]],
     case=case,
+    check=check,
     problems=PROBLEMS,
     quick=tuple(problem | {"batch": 2, "size": 32} for problem in PROBLEMS[::3]),
-    small={"part": "whole", "batch": 1, "size": 16, "levels": 2, "classes": 1},
+    small=lambda problem: {"part": problem["part"], "batch": 1, "size": 16, "levels": 2, "classes": 1},
     headlines=PROBLEMS,
     libraries={"captum": "captum"},
     operations={OURS: "gradient_saliency"},
@@ -323,16 +334,7 @@ def test_evidence(benchmark: Any, memory: Callable[[], None], rival: str, proble
         if rival == OURS:
             epilogue = seconds(case(OURS, **problem | {"part": "epilogue"}))
             benchmark.extra_info["epilogue_share"] = round(epilogue / benchmark.stats.stats.median, 5)
-    check(got, result_of("saliency", INDEPENDENT[part] if rival == OURS else OURS, problem))
-
-
-def check(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """Maps agree to 1e-4, and labels but for a few pixels whose map is at a threshold."""
-    for ours, theirs in zip(got[:2], expected[:2], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
-        assert ours.std() > 0.01
-    assert (got[2] != expected[2]).float().mean() < 1e-3
-    assert len(got[2].unique()) > 1
+    check(rival, problem, got)
 
 
 def seconds(run: Callable[[], Any]) -> float:

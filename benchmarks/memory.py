@@ -22,8 +22,7 @@ def peak_memory(stem: str, rival: str, problem: Problem) -> int:
 def _measure(stem: str, rival: str, problem: Problem) -> int:
     benchmark = load(stem)
     # A small call first: code, thread pools and the allocator's own reserves are no memory of the method.
-    words = {name: value for name, value in problem.items() if isinstance(value, str)}
-    benchmark.case(rival, **benchmark.small | words)()
+    benchmark.case(rival, **benchmark.small(problem))()
     run = benchmark.case(rival, **problem)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak so far is what is in use now
     before = _peak_resident()

@@ -47,9 +47,10 @@ class Benchmark:
     ours: the rival that is this package.
     rivals: names of the rivals of a problem, ours among them.
     case: `case(rival, **problem)` prepares, and returns the call that is timed.
+    check: `check(rival, problem, result)` compares a rival's result with another's; AssertionError if it is wrong.
     problems: what a full run measures.
     quick: what `--quick` measures instead, in seconds.
-    small: a problem that is over in a moment; its sizes warm a process up before memory is measured.
+    small: of a problem a like one that is over in a moment; it warms a process up before memory is measured.
     headlines: the problems that the README shows.
     variants: rivals that are this package too, in another precision or use: shown, but no rivals.
     libraries: rival -> the module that it needs; where that is absent the rival is a gap.
@@ -61,9 +62,10 @@ class Benchmark:
     ours: str
     rivals: Callable[[Problem], tuple[str, ...]]
     case: Callable[..., Callable[[], Any]]
+    check: Callable[[str, Problem, Any], None]
     problems: tuple[Problem, ...]
     quick: tuple[Problem, ...]
-    small: Problem
+    small: Callable[[Problem], Problem]
     headlines: tuple[Problem, ...] = ()
     variants: tuple[str, ...] = ()
     libraries: Mapping[str, str] = field(default_factory=dict)

@@ -285,9 +285,10 @@ def test_a_rival_without_its_library_is_a_gap() -> None:
         ours="ours",
         rivals=lambda _problem: ("ours", "theirs", "slow"),
         case=lambda: None,
+        check=lambda _rival, _problem, _result: None,
         problems=(),
         quick=(),
-        small={},
+        small=lambda problem: problem,
         libraries={"theirs": "a_library_that_nobody_has"},
         slow=frozenset({"slow"}),
     )
