@@ -266,6 +266,18 @@ def test_quick_measures_all_rivals_and_tells_what_a_row_needs(quick: tuple[dict[
     assert all(rival in printed for rival in ran)
 
 
+@pytest.mark.parametrize(("part", "axis", "value"), [("anchors", "size", 64), ("infonce", "dim", 16)])
+def test_scaling_measures_and_checks_the_cases_of_the_others(part: str, axis: str, value: int) -> None:
+    benchmark = suite.load("scaling")
+    for problem in ({"part": part, "axis": axis, "value": value}, {"part": part, "axis": "threads", "value": 1}):
+        threads = torch.get_num_threads()
+        assert problem in benchmark.problems
+        for rival in benchmark.rivals(problem):
+            if benchmark.gap(rival) is None:
+                benchmark.check(rival, problem, benchmark.case(rival, **problem)())
+        assert torch.get_num_threads() == threads
+
+
 def test_a_row_whose_result_was_wrong_is_no_result() -> None:
     def measured(rival: str) -> dict[str, Any]:
         params = {"rival": rival, "problem": suite.load("anchors").quick[0]}
