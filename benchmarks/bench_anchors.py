@@ -1,8 +1,7 @@
 """sample_anchors against what people use: per image and class up to S pixels, without replacement.
 
-    OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_anchors.py --benchmark-json=raw.json
-    python -m benchmarks.suite keep raw.json
-    python -m benchmarks.bench_anchors gpu                          # the same on a CUDA device, JSON
+    python -m benchmarks anchors
+    python -m benchmarks.bench_anchors gpu    # the same on a CUDA device, JSON
 
 All rivals draw the same numbers of pixels from the same label maps; none reads features.
 """
@@ -15,21 +14,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.suite import attempt
-from cldf_fast.ops import backend_report, sample_anchors
+from benchmarks.suite import SEED, Benchmark, Problem, Work, attempt
+from cldf_fast.ops import sample_anchors
 
-OURS = "cpu"
-SMALL = {"batch": 2, "size": 16, "classes": 2, "per_class": 4}
 PROBLEMS = (
     {"batch": 8, "size": 256, "classes": 5, "per_class": 512},
     {"batch": 8, "size": 128, "classes": 2, "per_class": 512},
     {"batch": 1, "size": 2048, "classes": 5, "per_class": 512},
 )
-HEADLINES = PROBLEMS[:1]
 
 Draw = Callable[[Tensor, Tensor, int, int], tuple[Tensor, ...]]
 """(labels [B, H, W], predicted labels [B, H, W], K, S) -> drawn flat pixels, and what goes with them."""
@@ -93,7 +88,7 @@ RIVALS: dict[str, Draw] = {
 
 def drawn_labels(batch: int, size: int, classes: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Labels with about one pixel in six ignored, and a prediction that is right four times in five."""
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     labels = torch.randint(-1, classes, (batch, size, size))
     predicted = torch.where(torch.rand(labels.shape) < 0.8, labels, torch.randint(0, classes, labels.shape))
     return labels.to(device), predicted.to(device)
@@ -104,7 +99,7 @@ def case(rival: str, batch: int, size: int, classes: int, per_class: int) -> Cal
     return partial(RIVALS[rival], *drawn_labels(batch, size, classes), classes, per_class)
 
 
-def check(pixels: Tensor, labels: Tensor, classes: int, per_class: int) -> None:
+def check_pixels(pixels: Tensor, labels: Tensor, classes: int, per_class: int) -> None:
     """As many different pixels of every class as were asked for."""
     found = labels.flatten(1).gather(1, pixels.flatten(1)).view_as(pixels)
     assert (found == torch.arange(classes, device=labels.device).unsqueeze(1)).all()
@@ -112,13 +107,35 @@ def check(pixels: Tensor, labels: Tensor, classes: int, per_class: int) -> None:
     assert pixels.shape[2] == per_class
 
 
-@pytest.mark.parametrize(("batch", "size", "classes", "per_class"), [tuple(problem.values()) for problem in PROBLEMS])
-@pytest.mark.parametrize("rival", RIVALS)
-def test_draw(benchmark: Any, rival: str, batch: int, size: int, classes: int, per_class: int) -> None:
-    if rival.startswith("cpu") and backend_report()["sample_anchors"]["cpu"] != "serving":
-        pytest.skip("the compiled extension is absent")
-    pixels, *_ = benchmark.pedantic(case(rival, batch, size, classes, per_class), warmup_rounds=2, rounds=15)
-    check(pixels, drawn_labels(batch, size, classes)[0], classes, per_class)
+def check(_rival: str, problem: Problem, result: tuple[Tensor, ...]) -> None:
+    """What is drawn differs from rival to rival; that it may be drawn does not."""
+    batch, size, classes, per_class = problem.values()
+    check_pixels(result[0], drawn_labels(batch, size, classes)[0], classes, per_class)
+
+
+def work(problem: Problem) -> Work:
+    """Labels are read once, and pixels written."""
+    batch, size, classes, per_class = problem.values()
+    return Work(0, 8 * batch * (size**2 + classes * per_class))
+
+
+BENCHMARK = Benchmark(
+    ours="cpu",
+    rivals=lambda _problem: tuple(RIVALS),
+    case=case,
+    check=check,
+    problems=PROBLEMS,
+    quick=({"batch": 2, "size": 128, "classes": 2, "per_class": 64},),
+    small=lambda _problem: {"batch": 2, "size": 16, "classes": 2, "per_class": 4},
+    headlines=PROBLEMS[:1],
+    variants=("cpu_hard",),
+    operations={"cpu": "sample_anchors", "cpu_hard": "sample_anchors"},
+    work=work,
+)
+
+
+def test_draw(benchmark: Any, rival: str, problem: Problem) -> None:
+    check(rival, problem, benchmark.pedantic(case(rival, **problem), warmup_rounds=2, rounds=15))
 
 
 def gpu_rows(timer: Callable[[Callable[[], Any]], float], device: str = "cuda") -> list[dict[str, Any]]:
@@ -137,7 +154,7 @@ def gpu_rows(timer: Callable[[Callable[[], Any]], float], device: str = "cuda") 
             run = partial(draw, labels, predicted, problem["classes"], problem["per_class"])
 
             def measure(row: dict[str, Any], run: Callable[[], Any] = run, labels: Tensor = labels) -> None:
-                check(run()[0], labels, row["problem"]["classes"], row["problem"]["per_class"])
+                check_pixels(run()[0], labels, row["problem"]["classes"], row["problem"]["per_class"])
                 row["ms"] = timer(run)
 
             rows.append(attempt({"rival": name, "problem": problem}, measure))

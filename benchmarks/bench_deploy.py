@@ -1,7 +1,6 @@
 """An exported engine directory against the run that it came from, on the CPU.
 
-    OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_deploy.py --benchmark-json=raw.json
-    python -m benchmarks.suite keep raw.json
+    python -m benchmarks deploy
 
 The bundled LGG networks, without evidence in the decision. "model" goes from normalised images to probabilities and
 masks at the working size, "end2end" from a NIfTI file to the mask's file. Rivals:
@@ -14,6 +13,7 @@ masks at the working size, "end2end" from a NIfTI file to the mask's file. Rival
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -22,11 +22,10 @@ from typing import Any, cast
 
 import nibabel
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.suite import ROOT, peak_memory
+from benchmarks.suite import ROOT, SEED, Benchmark, Problem, Work, counted_operations, result_of
 from cldf_fast.deploy.export import export
 from cldf_fast.deploy.predictor import Predictor
 from cldf_fast.inference import read_case, segment_case
@@ -34,15 +33,13 @@ from cldf_fast.models.unet import UNet
 from cldf_fast.pipeline import CLDF
 from cldf_fast.run import Run
 
-OURS = "onnx"
-SMALL: dict[str, Any] = {"part": "model", "slices": 2}
-PROBLEMS: tuple[dict[str, Any], ...] = (
+PROBLEMS: tuple[Problem, ...] = (
     {"part": "model", "slices": 1},
     {"part": "model", "slices": 32},
     {"part": "end2end", "slices": 32},
+    {"part": "end2end", "slices": 155},
     {"part": "end2end", "slices": 500},
 )
-HEADLINES = PROBLEMS[1:]
 RIVALS = {"model": ("onnx", "float16", "eager", "compile"), "end2end": ("onnx", "float16", "eager")}
 NATIVE = 128  # pixels of a slice in the file
 
@@ -55,8 +52,11 @@ def folder() -> Path:
 
 @cache
 def engine() -> Path:
-    """The engine directory, exported once for all processes that measure."""
-    exported = ROOT / "build" / "bench-deploy-engine"
+    """The engine directory, exported once for all processes that measure, and again when the package's code changes."""
+    digest = hashlib.sha256()
+    for source in sorted((ROOT / "cldf_fast").rglob("*.py")):
+        digest.update(source.read_bytes())
+    exported = ROOT / "build" / f"bench-deploy-engine-{digest.hexdigest()[:12]}"
     if not exported.exists():
         export(Run(ROOT / "benchmarks" / "weights" / "lgg"), exported, evidence=False)
     return exported
@@ -71,7 +71,7 @@ def networks() -> CLDF:
 
 def tissue(slices: int, size: int) -> Tensor:
     """Smooth images [S, 3, size, size] with values of no unit."""
-    coarse = torch.rand(slices, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    coarse = torch.rand(slices, 3, 8, 8, generator=torch.Generator().manual_seed(SEED))
     return torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)
 
 
@@ -130,17 +130,40 @@ def case(rival: str, part: str, slices: int) -> Callable[[], tuple[Tensor, ...]]
     return (from_images if part == "model" else from_file)(rival, slices)
 
 
-@pytest.mark.parametrize(
-    ("rival", "part", "slices"),
-    [(rival, *problem.values()) for problem in PROBLEMS for rival in RIVALS[str(problem["part"])]],
-)
-def test_deploy(benchmark: Any, rival: str, part: str, slices: int) -> None:
-    problem: dict[str, Any] = {"part": part, "slices": slices}
-    rounds = 15 if slices == 1 else 3 if slices < 100 else 1
-    got = benchmark.pedantic(case(rival, **problem), warmup_rounds=1, rounds=rounds)
-    expected = case("eager" if rival == "onnx" else "onnx", **problem)()
+def check(rival: str, problem: Problem, result: tuple[Tensor, ...]) -> None:
+    """Masks, and probabilities where they are given, agree with another rival's within the precision's rounding."""
+    expected = result_of("deploy", "eager" if rival == "onnx" else "onnx", problem)
     assert expected[-1].any()
-    assert (got[-1] == expected[-1]).float().mean() > (0.999 if rival != "float16" else 0.995)
-    if part == "model":
-        torch.testing.assert_close(got[0], expected[0], rtol=0, atol=2e-5 if rival != "float16" else 2e-2)
-    benchmark.extra_info["extra_bytes"] = peak_memory("deploy", rival, problem)
+    assert (result[-1] == expected[-1]).float().mean() > (0.999 if rival != "float16" else 0.995)
+    if problem["part"] == "model":
+        torch.testing.assert_close(result[0], expected[0], rtol=0, atol=2e-5 if rival != "float16" else 2e-2)
+
+
+def work(problem: Problem) -> Work | None:
+    """The networks' operations as PyTorch does them; their weights and images are read, and probabilities written."""
+    if problem["part"] != "model":
+        return None
+    cldf, images = networks(), tissue(problem["slices"], 64)
+    weights = sum(each.nbytes for network in (cldf.unet, cldf.classifier) for each in network.parameters())
+    return Work(counted_operations(case("eager", **problem)), weights + 2 * images.nbytes)
+
+
+BENCHMARK = Benchmark(
+    ours="onnx",
+    rivals=lambda problem: RIVALS[problem["part"]],
+    case=case,
+    check=check,
+    problems=PROBLEMS,
+    quick=(),
+    small=lambda problem: {"part": problem["part"], "slices": 2},
+    headlines=PROBLEMS[1:],
+    variants=("float16",),
+    slow=frozenset({"onnx", "float16", "eager", "compile"}),  # the export
+    work=work,
+)
+
+
+def test_deploy(benchmark: Any, memory: Callable[[], None], rival: str, problem: Problem) -> None:
+    rounds = 15 if problem["slices"] == 1 else 3 if problem["slices"] < 100 else 1
+    check(rival, problem, benchmark.pedantic(case(rival, **problem), warmup_rounds=1, rounds=rounds))
+    memory()

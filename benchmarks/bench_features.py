@@ -1,7 +1,6 @@
 """Features of a frozen UNet and the decoder on them, against the public procedure of ddpm-segmentation and its ports.
 
-    OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_features.py --benchmark-json=raw.json
-    python -m benchmarks.suite keep raw.json
+    python -m benchmarks features
 
 The public procedure runs the whole UNet for every noise level, resizes the blocks that hooks have kept to the image's
 size, concatenates them and applies the multilayer perceptron to pixels. "inference" goes from an image to an embedding
@@ -24,26 +23,22 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.suite import peak_memory
+from benchmarks.suite import SEED, Benchmark, Problem, Work, counted_operations, result_of
 from cldf_fast import DiffusionFeatures, PixelDecoder, PixelInfoNCE
 from cldf_fast.diffusion import Diffusion
 from cldf_fast.models.decoder import read_at
 from cldf_fast.models.unet import UNet
 from cldf_fast.ops import noised_batch, pixel_seed
 
-OURS = "ours"
-SMALL: dict[str, Any] = {"part": "inference", "batch": 1, "size": 16, "width": 32}
-PROBLEMS: tuple[dict[str, Any], ...] = tuple(
+PROBLEMS: tuple[Problem, ...] = tuple(
     {"part": part, "batch": batch, "size": 128, "width": width}
     for part, batch in (("inference", 1), ("training", 4))
     for width in (64, 128)
 )
-HEADLINES = PROBLEMS
 RIVALS = {
     "inference": ("ours", "public", "truncated", "stacked", "bfloat16"),
     "training": ("ours", "public", "reading"),
@@ -61,7 +56,7 @@ class Setting:
     """What all rivals share: images, their noise, the frozen UNet, the decoder, and anchors of a training step."""
 
     def __init__(self, batch: int, size: int, width: int) -> None:
-        torch.manual_seed(0)
+        torch.manual_seed(SEED)
         self.unet = UNet(1, width, channel_mult=(1, 2, 3, 4), num_res_blocks=2, num_classes=3)
         # As initialised, every residual branch is zero.
         with torch.no_grad():
@@ -219,16 +214,40 @@ def case(rival: str, part: str, batch: int, size: int, width: int) -> Callable[[
     raise ValueError(f"rival: expected one of {RIVALS[part]}, got {rival!r}")
 
 
-@pytest.mark.parametrize(
-    ("rival", "part", "batch", "size", "width"),
-    [(rival, *problem.values()) for problem in PROBLEMS for rival in RIVALS[str(problem["part"])]],
-)
-def test_features(benchmark: Any, rival: str, part: str, batch: int, size: int, width: int) -> None:
-    problem: dict[str, Any] = {"part": part, "batch": batch, "size": size, "width": width}
-    got = benchmark.pedantic(case(rival, **problem), warmup_rounds=1, rounds=3)
-    expected = case(RIVALS[part][-1] if rival == "public" else "public", **problem)()
-    for ours, theirs in zip(got, expected, strict=True):
+def check(rival: str, problem: Problem, result: tuple[Tensor, ...]) -> None:
+    """What the public procedure gives, or, of that itself, what the rival gives that is most like it."""
+    part, other = problem["part"], {"inference": "stacked", "training": "reading"}[problem["part"]]
+    expected = result_of("features", other if rival == "public" else "public", problem)
+    for found, theirs in zip(result, expected, strict=True):
         assert theirs.std(correction=0) > 0 or theirs.ndim == 0
-        tolerance = TOLERANCE.get((part, RIVALS[part][-1] if rival == "public" else rival), EXACT)
-        assert (ours - theirs).norm() / theirs.norm() < tolerance
-    benchmark.extra_info["extra_bytes"] = peak_memory("features", rival, problem)
+        assert (found - theirs).norm() / theirs.norm() < TOLERANCE.get((part, rival), EXACT)
+
+
+def work(problem: Problem) -> Work | None:
+    """Inference: our own operations; weights and image are read, and embeddings written."""
+    if problem["part"] != "inference":
+        return None
+    weights = sum(
+        each.nbytes for each in Setting(problem["batch"], problem["size"], problem["width"]).unet.parameters()
+    )
+    (embeddings,) = result_of("features", "ours", problem)
+    return Work(counted_operations(case("ours", **problem)), weights + embeddings.nbytes)
+
+
+BENCHMARK = Benchmark(
+    ours="ours",
+    rivals=lambda problem: RIVALS[problem["part"]],
+    case=case,
+    check=check,
+    problems=PROBLEMS,
+    quick=tuple(problem | {"size": 32, "width": 32} for problem in PROBLEMS[::2]),
+    small=lambda problem: {"part": problem["part"], "batch": 1, "size": 16, "width": 32},
+    headlines=PROBLEMS,
+    variants=("bfloat16",),
+    work=work,
+)
+
+
+def test_features(benchmark: Any, memory: Callable[[], None], rival: str, problem: Problem) -> None:
+    check(rival, problem, benchmark.pedantic(case(rival, **problem), warmup_rounds=1, rounds=3))
+    memory()

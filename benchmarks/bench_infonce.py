@@ -1,8 +1,7 @@
 """pixel_infonce, forward and backward, against what people use: time, extra memory, share of the machine's GEMM rate.
 
-    OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_infonce.py --benchmark-json=raw.json
-    python -m benchmarks.suite keep raw.json
-    python -m benchmarks.bench_infonce gpu                          # the same on a CUDA device, JSON
+    python -m benchmarks infonce
+    python -m benchmarks.bench_infonce gpu    # the same on a CUDA device, JSON
 
 One process measures all rivals, on the same inputs, so that their ratios hold whatever else the machine is doing.
 Problems of one `set` are features against themselves, each without itself, as a decoder is trained; those of two sets
@@ -23,22 +22,19 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.suite import attempt, gemm_rate, peak_memory
-from cldf_fast.ops import backend_report, pixel_infonce
+from benchmarks.suite import SEED, Benchmark, Problem, Work, attempt, result_of
+from cldf_fast.ops import pixel_infonce
 
-OURS = "cpu"
-SMALL = {"sets": 2, "size": 64, "dim": 64, "classes": 2}
-PROBLEMS = (
-    *itertools.product((2,), (1024, 4096, 8192), (64, 128, 256), (2, 5)),
-    *itertools.product((1,), (1024, 4096, 8192), (64, 128, 256), (2,)),
+PROBLEMS: tuple[Problem, ...] = tuple(
+    {"sets": sets, "size": size, "dim": dim, "classes": classes}
+    for sets, kinds in ((2, (2, 5)), (1, (2,)))
+    for size, dim, classes in itertools.product((1024, 4096, 8192), (64, 128, 256), kinds)
 )
-HEADLINES = tuple({"sets": sets, "size": 8192, "dim": 64, "classes": 2} for sets in (1, 2))
 TEMPERATURE = 0.1
 _CHUNK = 512  # anchors, for the rival that works in chunks
 
@@ -136,7 +132,7 @@ def drawn(
     sets: int, size: int, dim: int, classes: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Inputs:
     """Unit features of `size` anchors and as many candidates, with labels."""
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     features = [normalize(torch.randn(size, dim), dim=1).to(device, dtype).requires_grad_() for _ in range(sets)]
     labels = [torch.randint(0, classes, (size,)).to(device) for _ in range(sets)]
     own = torch.arange(size, device=device) if sets == 1 else None
@@ -155,25 +151,41 @@ def case(rival: str, sets: int, size: int, dim: int, classes: int) -> Callable[[
     return partial(step, RIVALS[rival], drawn(sets, size, dim, classes))
 
 
-@pytest.mark.parametrize(("sets", "size", "dim", "classes"), PROBLEMS)
-@pytest.mark.parametrize("rival", RIVALS)
-def test_forward_and_backward(benchmark: Any, rival: str, sets: int, size: int, dim: int, classes: int) -> None:
-    if rival.startswith("cpu") and backend_report()["pixel_infonce"]["cpu"] != "serving":
-        pytest.skip("the compiled extension is absent")
-    if rival == "metric_learning":
-        pytest.importorskip("pytorch_metric_learning")
-    problem = {"sets": sets, "size": size, "dim": dim, "classes": classes}
-    loss, *gradients = benchmark.pedantic(case(rival, **problem), warmup_rounds=1, rounds=5)
-    # A rival that computes something else would be no rival.
-    expected = case("chunked", **problem)()
-    assert math.isclose(float(loss), float(expected[0]), rel_tol=1e-4)
-    for found, theirs in zip(gradients, expected[1:], strict=True):
+def check(_rival: str, problem: Problem, result: tuple[Tensor, ...]) -> None:
+    """The loss and gradients of `chunked`: a rival that computes something else would be no rival."""
+    expected = result_of("infonce", "chunked", problem)
+    assert math.isclose(float(result[0]), float(expected[0]), rel_tol=1e-4)
+    for found, theirs in zip(result[1:], expected[1:], strict=True):
         torch.testing.assert_close(found, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max()))
-    seconds = benchmark.stats.stats.median
-    benchmark.extra_info["gemm_share"] = round(8 * size**2 * dim / seconds / gemm_rate(), 3)
+
+
+def work(problem: Problem) -> Work:
+    """8 M N D operations, see above; features are read, and their gradients written."""
+    sets, size, dim, _ = problem.values()
+    return Work(8 * size**2 * dim, 2 * 4 * sets * size * dim)
+
+
+BENCHMARK = Benchmark(
+    ours="cpu",
+    rivals=lambda _problem: tuple(RIVALS),
+    case=case,
+    check=check,
+    problems=PROBLEMS,
+    quick=({"sets": 2, "size": 1024, "dim": 64, "classes": 2},),
+    small=lambda _problem: {"sets": 2, "size": 64, "dim": 64, "classes": 2},
+    headlines=tuple({"sets": sets, "size": 8192, "dim": 64, "classes": 2} for sets in (1, 2)),
+    variants=("cpu_unreduced",),
+    libraries={"metric_learning": "pytorch_metric_learning"},
+    operations={"cpu": "pixel_infonce", "cpu_unreduced": "pixel_infonce"},
+    work=work,
+)
+
+
+def test_forward_and_backward(benchmark: Any, memory: Callable[[], None], rival: str, problem: Problem) -> None:
+    check(rival, problem, benchmark.pedantic(case(rival, **problem), warmup_rounds=1, rounds=5))
     # What torch.compile takes for compiling would count as its memory.
-    if size == 8192 and dim == 64 and rival != "compile":
-        benchmark.extra_info["extra_bytes"] = peak_memory("infonce", rival, problem)
+    if problem["size"] == 8192 and problem["dim"] == 64 and rival != "compile":
+        memory()
 
 
 GPU_PROBLEMS = ((16384, 128, "bfloat16"), (8192, 64, "bfloat16"), (8192, 64, "float32"), (1024, 256, "bfloat16"))

@@ -1,7 +1,6 @@
 """Evidence from the project's classifier against what people do: a loop over noise levels, and a pass more for the CAM.
 
-    OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_saliency.py --benchmark-json=raw.json
-    python -m benchmarks.suite keep raw.json
+    python -m benchmarks saliency
 
 All rivals read the same noised images of the same network and compute the same maps and labels. "whole" goes from
 noised images to pixel labels; "epilogue" is what follows the backward passes: from gradients and CAMs to pixel labels.
@@ -16,29 +15,26 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor, nn
 
-from benchmarks.suite import peak_memory
+from benchmarks.suite import SEED, Benchmark, Problem, Work, counted_operations, result_of
 from cldf_fast.config import Config
 from cldf_fast.diffusion import Diffusion
 from cldf_fast.evidence import ClassifierSaliency, pixel_labels
 from cldf_fast.models.classifier import NoiseAwareClassifier
-from cldf_fast.ops import backend_report, fuse_evidence, gradient_saliency, noised_batch, pixel_seed
+from cldf_fast.ops import fuse_evidence, gradient_saliency, noised_batch, pixel_seed
 from cldf_fast.pipeline import build_classifier
 
 OURS = "cpu"
-SMALL = {"part": "whole", "batch": 1, "size": 16, "levels": 2, "classes": 1}
-PROBLEMS: tuple[dict[str, Any], ...] = tuple(
+PROBLEMS: tuple[Problem, ...] = tuple(
     {"part": part, "batch": 8, "size": size, "levels": 5, "classes": classes}
     for part in ("epilogue", "whole")
     for size, classes in ((64, 1), (128, 1), (64, 4))
 )
-HEADLINES = PROBLEMS
 
 PERCENTILE, SIGMA = 0.99, 1.5
 THRESHOLDS = (0.8, 0.5, 0.7, 0.5)
@@ -53,7 +49,7 @@ Maps = NDArray[np.float32]
 
 def network(size: int, classes: int) -> NoiseAwareClassifier:
     """The default classifier for one channel, with random weights: as initialised its gradient is 0."""
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     config = Config.model_validate({"data": {"size": size}})
     classifier = build_classifier(config, in_channels=1, num_classes=classes).eval()
     with torch.no_grad():
@@ -266,6 +262,7 @@ EPILOGUES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
 }
 WHOLE = {"autograd_and_hooks": autograd_and_hooks, "captum": captum}
 RIVALS = {"epilogue": tuple(EPILOGUES), "whole": (OURS, *WHOLE)}
+INDEPENDENT = {"epilogue": "numpy", "whole": "autograd_and_hooks"}  # what ours is compared with
 
 
 def case(rival: str, part: str, batch: int, size: int, levels: int, classes: int) -> Callable[[], tuple[Tensor, ...]]:
@@ -291,35 +288,53 @@ def case(rival: str, part: str, batch: int, size: int, levels: int, classes: int
     return partial(ours_whole, saliency, x, classes)
 
 
-@pytest.mark.parametrize(
-    ("rival", "part", "batch", "size", "levels", "classes"),
-    [(rival, *problem.values()) for problem in PROBLEMS for rival in RIVALS[str(problem["part"])]],
+def check(rival: str, problem: Problem, result: tuple[Tensor, ...]) -> None:
+    """Maps agree with another's to 1e-4, and labels but for a few pixels whose map is at a threshold."""
+    expected = result_of("saliency", INDEPENDENT[problem["part"]] if rival == OURS else OURS, problem)
+    for found, theirs in zip(result[:2], expected[:2], strict=True):
+        torch.testing.assert_close(found, theirs, rtol=0, atol=1e-4)
+        assert found.std() > 0.01
+    assert (result[2] != expected[2]).float().mean() < 1e-3
+    assert len(result[2].unique()) > 1
+
+
+def work(problem: Problem) -> Work:
+    """Our own operations; gradients and CAMs, or weights and images, are read, and maps and labels written."""
+    part, batch, size, levels, classes = problem.values()
+    maps = 4 * batch * classes * size**2
+    if part == "epilogue":
+        return Work(0, (levels + 2) * maps + batch * size**2)
+    weights = sum(each.nbytes for each in network(size, classes).parameters())
+    return Work(counted_operations(case(OURS, **problem)), weights + 4 * batch * size**2 + 2 * maps + batch * size**2)
+
+
+BENCHMARK = Benchmark(
+    ours=OURS,
+    rivals=lambda problem: RIVALS[problem["part"]],
+    case=case,
+    check=check,
+    problems=PROBLEMS,
+    quick=tuple(problem | {"batch": 2, "size": 32} for problem in PROBLEMS[::3]),
+    small=lambda problem: {"part": problem["part"], "batch": 1, "size": 16, "levels": 2, "classes": 1},
+    headlines=PROBLEMS,
+    libraries={"captum": "captum"},
+    operations={OURS: "gradient_saliency"},
+    work=work,
 )
-def test_evidence(benchmark: Any, rival: str, part: str, batch: int, size: int, levels: int, classes: int) -> None:
-    if rival == OURS and backend_report()["gradient_saliency"]["cpu"] != "serving":
-        pytest.skip("the compiled extension is absent")
-    if rival == "captum":
-        pytest.importorskip("captum")
-    problem: dict[str, Any] = {"part": part, "batch": batch, "size": size, "levels": levels, "classes": classes}
+
+
+def test_evidence(benchmark: Any, memory: Callable[[], None], rival: str, problem: Problem) -> None:
+    part = problem["part"]
     run = case(rival, **problem)
     if part == "epilogue":
         got = benchmark.pedantic(run, warmup_rounds=3, rounds=30)
     else:
         got = benchmark.pedantic(run, warmup_rounds=1, rounds=5)
-        benchmark.extra_info["extra_bytes"] = peak_memory("saliency", rival, problem)
+        memory()
         if rival == OURS:
             epilogue = seconds(case(OURS, **problem | {"part": "epilogue"}))
             benchmark.extra_info["epilogue_share"] = round(epilogue / benchmark.stats.stats.median, 5)
-    check(got, case(RIVALS[part][-1] if rival == OURS else OURS, **problem)())
-
-
-def check(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """Maps agree to 1e-4, and labels but for a few pixels whose map is at a threshold."""
-    for ours, theirs in zip(got[:2], expected[:2], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
-        assert ours.std() > 0.01
-    assert (got[2] != expected[2]).float().mean() < 1e-3
-    assert len(got[2].unique()) > 1
+    check(rival, problem, got)
 
 
 def seconds(run: Callable[[], Any]) -> float:

@@ -1,19 +1,8 @@
-"""What all benchmarks share: measuring memory and ceilings, results as data, and their table.
+"""What every benchmark is made of: `Benchmark`, and the measures that all share.
 
-    OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_anchors.py --benchmark-json=raw.json    # 1 minute
-    OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_deploy.py --benchmark-json=raw.json     # 13 minutes
-    OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_saliency.py --benchmark-json=raw.json   # 2 minutes
-    OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_features.py --benchmark-json=raw.json   # 10 minutes
-    OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_infonce.py --benchmark-json=raw.json    # 11 minutes
-    OMP_NUM_THREADS=2 python -m pytest benchmarks/bench_pipeline.py --benchmark-json=raw.json   # 11 minutes
-    python -m benchmarks.suite keep raw.json      # writes benchmarks/results/<stem>-cpu.json, which is tracked
-    python -m benchmarks.suite table benchmarks/results/anchors-cpu.json
-    python -m benchmarks.suite readme             # brings the README's table of speed up to date with the results
-
-A module `bench_<stem>.py` measures all rivals of a problem in one process, one test each, with the parameter `rival`
-and those of the problem. Its `OURS` names the rival that is this package, `case(rival, **problem)` returns what is
-timed, `SMALL` is a problem that is over in a moment (its sizes: words of a problem are kept), and `HEADLINES` are those
-that the README shows. The time of a rival counts only after its result was compared.
+A module `bench_<stem>.py` holds one `BENCHMARK` and one test, which takes `benchmark`, `rival` and `problem` and times
+`BENCHMARK.case(rival, **problem)`; `conftest.py` calls it for every rival of every problem, all in one process. The
+time of a rival counts only if its result passes the test's comparison.
 """
 
 from __future__ import annotations
@@ -21,23 +10,117 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
-import sys
+import resource
 import time
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-import cldf_fast
-from cldf_fast.doctor import collect
+from cldf_fast.ops import backend_report
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-MARKS = "<!-- from benchmarks/results -->", "<!-- end -->"
+SEED = 0  # of every drawn input and weight
+
+Problem = dict[str, Any]
+"""Names and values by which `case` makes its inputs."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a problem asks of any method: floating-point operations, and bytes read and written at least once."""
+
+    operations: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """An operation or a workload, its rivals and its problems.
+
+    ours: the rival that is this package.
+    rivals: names of the rivals of a problem, ours among them.
+    case: `case(rival, **problem)` prepares, and returns the call that is timed.
+    check: `check(rival, problem, result)` compares a rival's result with another's; AssertionError if it is wrong.
+    problems: what a full run measures.
+    quick: what `--quick` measures instead, in seconds.
+    small: of a problem a like one that is over in a moment; it warms a process up before memory is measured.
+    headlines: the problems that the README shows.
+    variants: rivals that are this package too, in another precision or use: shown, but no rivals.
+    libraries: rival -> the module that it needs; where that is absent the rival is a gap.
+    operations: rival -> the operation that it needs the compiled extension for.
+    slow: rivals that `--quick` leaves out.
+    work: what a problem asks at least, for its share of the machine's ceilings; None where that says nothing.
+    """
+
+    ours: str
+    rivals: Callable[[Problem], tuple[str, ...]]
+    case: Callable[..., Callable[[], Any]]
+    check: Callable[[str, Problem, Any], None]
+    problems: tuple[Problem, ...]
+    quick: tuple[Problem, ...]
+    small: Callable[[Problem], Problem]
+    headlines: tuple[Problem, ...] = ()
+    variants: tuple[str, ...] = ()
+    libraries: Mapping[str, str] = field(default_factory=dict)
+    operations: Mapping[str, str] = field(default_factory=dict)
+    slow: frozenset[str] = frozenset()
+    work: Callable[[Problem], Work | None] = lambda _problem: None
+
+    def gap(self, rival: str, *, quick: bool = False) -> str | None:
+        """Why a rival isn't measured here, or None."""
+        library, operation = self.libraries.get(rival), self.operations.get(rival)
+        if library is not None and find_spec(library) is None:
+            return f"{library} is absent; it comes with the extra [bench]"
+        if operation is not None and (state := backend_report()[operation]["cpu"]) != "serving":
+            return state
+        if quick and rival in self.slow:
+            return "left out of --quick: it takes longer to prepare than all else together"
+        return None
+
+
+def load(stem: str) -> Benchmark:
+    """The benchmark of `bench_<stem>.py`."""
+    benchmark: Benchmark = importlib.import_module(f"benchmarks.bench_{stem}").BENCHMARK
+    return benchmark
+
+
+def result_of(stem: str, rival: str, problem: Problem) -> Any:
+    """What a rival's case gives, to compare others with; the last two are remembered."""
+    return _result_of(stem, rival, json.dumps(problem))
+
+
+@lru_cache(maxsize=2)
+def _result_of(stem: str, rival: str, problem: str) -> Any:
+    return load(stem).case(rival, **json.loads(problem))()
+
+
+class _OperationCounter(TorchDispatchMode):
+    """Adds up what torch knows of its operators; FlopCounterMode, its own, does not bear `autograd.grad`."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def counted_operations(run: Callable[[], Any]) -> int:
+    """Floating-point operations of the convolutions and matrix products of a call in PyTorch."""
+    with _OperationCounter() as counter:
+        run()
+    return counter.total
+
+
+# --- The machine ------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -53,28 +136,51 @@ def gemm_rate() -> float:
     return best
 
 
-def peak_memory(stem: str, rival: str, problem: dict[str, Any]) -> int:
-    """Bytes that a call takes beyond its inputs and results at its peak, from a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.suite", "memory", stem, rival, json.dumps(problem)]
-    # Every large array a mapping of its own: glibc otherwise keeps what is freed, and more or less of it each time.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    return int(subprocess.check_output(command, env=environment, cwd=ROOT, text=True).split()[-1])
+@cache
+def copy_rate() -> float:
+    """Bytes a second, read and written, of the best copy of 64 MiB, which no cache holds, on this machine's CPU."""
+    source = torch.ones(2**24)
+    target, best = torch.empty_like(source), 0.0
+    for _ in range(10):
+        start = time.perf_counter()
+        target.copy_(source)
+        best = max(best, 2 * source.nbytes / (time.perf_counter() - start))
+    return best
 
 
-def _measure_memory(stem: str, rival: str, problem: dict[str, Any]) -> int:
-    module = importlib.import_module(f"benchmarks.bench_{stem}")
-    # A small call first: code, thread pools and the allocator's own reserves are no memory of the method.
-    module.case(rival, **module.SMALL | {name: value for name, value in problem.items() if isinstance(value, str)})()
-    run: Callable[[], tuple[Tensor, ...]] = module.case(rival, **problem)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak so far is what is in use now
-    before = _peak_resident()
-    results = run()
-    return _peak_resident() - before - sum(result.nbytes for result in results)
+class OtherLoad:
+    """How much of the machine's processors others take, between its making and `share`.
+
+    What a virtual machine's host takes counts as others'. The processes that this one waits for are its own.
+    """
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter(), _busy_seconds(), _own_seconds()
+
+    def share(self) -> float | None:
+        """In [0, 1]; None where the system doesn't tell, or too little time has passed for its clock ticks."""
+        start, busy, own = self._start
+        wall, now_busy = time.perf_counter() - start, _busy_seconds()
+        if busy is None or now_busy is None or wall < 0.2:
+            return None
+        others = (now_busy - busy) - (_own_seconds() - own)
+        return min(max(others / (wall * (os.cpu_count() or 1)), 0.0), 1.0)
 
 
-def _peak_resident() -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+def _busy_seconds() -> float | None:
+    """Seconds that all processors have worked for anyone, since the machine started."""
+    try:
+        fields = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:]
+    except OSError:
+        return None
+    user, nice, system, _idle, _waiting, *interrupts_and_stolen = map(int, fields[:8])
+    ticks: int = os.sysconf("SC_CLK_TCK")
+    return (user + nice + system + sum(interrupts_and_stolen)) / ticks
+
+
+def _own_seconds() -> float:
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def attempt(row: dict[str, Any], measure: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -87,103 +193,3 @@ def attempt(row: dict[str, Any], measure: Callable[[dict[str, Any]], None]) -> d
     except Exception as error:
         row["failed"] = f"{type(error).__name__}: {error}"[:200]
     return row
-
-
-def condensed(raw: dict[str, Any], stem: str) -> dict[str, Any]:
-    """What is worth keeping of pytest-benchmark's JSON: figures, device, versions and commit; no name of a machine."""
-    report = collect()
-    rows = []
-    for run in raw["benchmarks"]:
-        problem = dict(run["params"])
-        stats = {f"{name}_ms": round(1000 * run["stats"][name], 4) for name in ("median", "min", "iqr")}
-        rows.append({"rival": problem.pop("rival"), "problem": problem, **stats, **run["extra_info"]})
-    return {
-        "benchmark": stem,
-        "ours": importlib.import_module(f"benchmarks.bench_{stem}").OURS,
-        "device": report["cpu"],
-        "versions": report["versions"] | {"cldf_fast": cldf_fast.__version__},
-        "commit": raw["commit_info"]["id"] + (" and uncommitted changes" if raw["commit_info"]["dirty"] else ""),
-        "rows": rows,
-    }
-
-
-def table(results: dict[str, Any]) -> str:
-    """Markdown: for every problem our median time, our share of a ceiling, and the rivals' times as multiples."""
-    ours: str = results["ours"]
-    problems: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in results["rows"]:
-        problems.setdefault(json.dumps(row["problem"]), {})[row["rival"]] = row
-    rivals = list(dict.fromkeys(row["rival"] for row in results["rows"] if row["rival"] != ours))
-    names = list(results["rows"][0]["problem"])
-    shares = list(dict.fromkeys(key for row in results["rows"] for key in row if key.endswith("_share")))
-    lines = [
-        f"| {' | '.join([*names, f'{ours}, ms', *shares, *rivals])} |",
-        "|---" * (len(names + shares + rivals) + 1) + "|",
-    ]
-    for problem, runs in problems.items():
-        cells = [str(value) for value in json.loads(problem).values()]
-        cells.append(f"{runs[ours]['median_ms']:.2f}")
-        cells += [f"{runs[ours][share]:.2f}" if share in runs[ours] else "" for share in shares]
-        for rival in rivals:
-            times = f"{runs[rival]['median_ms'] / runs[ours]['median_ms']:.1f}x" if rival in runs else ""
-            cells.append(times)
-        lines.append(f"| {' | '.join(cells)} |")
-    memory = [
-        f"{row['rival']} {row['extra_bytes'] / 2**20:,.1f} MiB ({' '.join(map(str, row['problem'].values()))})"
-        for row in results["rows"]
-        if "extra_bytes" in row
-    ]
-    return "\n".join([*lines, "", *(["Extra memory: " + "; ".join(memory)] if memory else []), _where(results)])
-
-
-def summary() -> str:
-    """Markdown: the headline problems of all results."""
-    lines = ["| | problem | ours, ms | others, as multiples |", "|---|---|---|---|"]
-    for file in sorted(RESULTS.glob("*-cpu.json")):
-        results = json.loads(file.read_text(encoding="utf-8"))
-        for problem in importlib.import_module(f"benchmarks.bench_{results['benchmark']}").HEADLINES:
-            runs = {row["rival"]: row["median_ms"] for row in results["rows"] if row["problem"] == problem}
-            ours = runs.pop(results["ours"])
-            others = ", ".join(f"{rival} {time / ours:.1f}" for rival, time in runs.items() if "cpu" not in rival)
-            sizes = ", ".join(f"{name} {value}" for name, value in problem.items())
-            lines.append(f"| {results['benchmark']} | {sizes} | {ours:.2f} | {others} |")
-    return "\n".join([*lines, "", f"({_where(results)})"])
-
-
-def _where(results: dict[str, Any]) -> str:
-    device = results["device"]
-    return f"{device['model']}, {device['threads']} threads, torch {results['versions']['torch']}"
-
-
-def update(text: str) -> str:
-    """A text with the table between its marks brought up to date."""
-    before, _, rest = text.partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    return f"{before}{MARKS[0]}\n{summary()}\n{MARKS[1]}{after}"
-
-
-def main(arguments: list[str]) -> None:
-    """The command line above."""
-    match arguments:
-        case ["keep", file]:
-            raw = json.loads(Path(file).read_text(encoding="utf-8"))
-            stem = Path(raw["benchmarks"][0]["fullname"].split("::")[0]).stem.removeprefix("bench_")
-            RESULTS.mkdir(exist_ok=True)
-            kept = RESULTS / f"{stem}-cpu.json"
-            kept.write_text(json.dumps(condensed(raw, stem), indent=1) + "\n", encoding="utf-8")
-            print(f"{kept.relative_to(ROOT)}\n\n{table(condensed(raw, stem))}")
-        case ["table", file]:
-            print(table(json.loads(Path(file).read_text(encoding="utf-8"))))
-        case ["readme"]:
-            readme = ROOT / "README.md"
-            readme.write_text(update(readme.read_text(encoding="utf-8")), encoding="utf-8")
-        case ["memory", stem, rival, problem]:
-            print(_measure_memory(stem, rival, json.loads(problem)))
-        case _:
-            sys.exit(
-                "usage: python -m benchmarks.suite keep RAW, or table FILE, or readme, or memory STEM RIVAL PROBLEM"
-            )
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

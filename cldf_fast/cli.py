@@ -451,6 +451,29 @@ def convert(
     )
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    options_metavar="[ARGUMENTS]",
+)
+def bench(context: typer.Context) -> None:
+    """Measure this machine against rivals, in a checkout of the repository: `cldf-fast bench --help`."""
+    import os
+    import subprocess
+
+    from cldf_fast.errors import BackendError
+
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "__main__.py").is_file():
+        raise BackendError(
+            f"bench: expected a checkout of the repository, found an installed package in {root} without benchmarks; "
+            "clone the repository and run it there"
+        )
+    # A process of its own, whose libraries start with the number of threads that benchmarks have.
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "benchmarks", *context.args]
+    raise typer.Exit(subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=False).returncode)
+
+
 @app.command()
 def doctor(
     json_output: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
