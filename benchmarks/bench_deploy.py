@@ -7,8 +7,9 @@ masks at the working size, "end2end" from a NIfTI file to the mask's file. Rival
 
     onnx       cldf-fast predict: ONNX Runtime, float32
     float16    the same, convolutions and products in float16
-    eager      cldf-fast segment: PyTorch
-    compile    the same, UNet and classifier under torch.compile (model)
+    segment    cldf-fast segment: PyTorch with our layers
+    eager      the same with the layers as they are published (`public_layers`)
+    compile    UNet and classifier under torch.compile (model)
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.public_layers import as_published
 from benchmarks.suite import ROOT, SEED, Benchmark, Problem, Work, counted_operations, result_of
 from cldf_fast.deploy.export import export
 from cldf_fast.deploy.predictor import Predictor
@@ -40,7 +42,8 @@ PROBLEMS: tuple[Problem, ...] = (
     {"part": "end2end", "slices": 155},
     {"part": "end2end", "slices": 500},
 )
-RIVALS = {"model": ("onnx", "float16", "eager", "compile"), "end2end": ("onnx", "float16", "eager")}
+IN_PYTORCH = ("segment", "eager", "compile")
+RIVALS = {"model": ("onnx", "float16", *IN_PYTORCH), "end2end": ("onnx", "float16", "segment", "eager")}
 NATIVE = 128  # pixels of a slice in the file
 
 
@@ -62,11 +65,19 @@ def engine() -> Path:
     return exported
 
 
-def networks() -> CLDF:
+def networks(rival: str) -> CLDF:
+    """What a rival in PyTorch runs."""
     cldf = Run(ROOT / "benchmarks" / "weights" / "lgg").load()
     segmentation = cldf.config.segmentation.model_copy(update={"evidence_weight": 0.0})
-    cldf.config = cldf.config.model_copy(update={"segmentation": segmentation})
-    return cldf
+    config = cldf.config.model_copy(update={"segmentation": segmentation})
+    unet, classifier = cldf.unet, cldf.classifier
+    if rival == "eager":
+        unet, classifier = as_published(unet), as_published(classifier)
+    elif rival == "compile":
+        assert isinstance(unet, UNet)
+        unet.blocks_of = torch.compile(unet.blocks_of)  # type: ignore[method-assign]
+        classifier.forward = torch.compile(classifier.forward)  # type: ignore[method-assign]
+    return CLDF(config, unet, classifier, cldf.decoder, cldf.prototypes, cldf.label_threshold)
 
 
 def tissue(slices: int, size: int) -> Tensor:
@@ -77,18 +88,14 @@ def tissue(slices: int, size: int) -> Tensor:
 
 def from_images(rival: str, slices: int) -> Callable[[], tuple[Tensor, ...]]:
     x, present = tissue(slices, 64) * 2 - 1, torch.ones(slices, 1, dtype=torch.bool)
-    if rival in ("eager", "compile"):
-        cldf = networks()
-        if rival == "compile":
-            assert isinstance(cldf.unet, UNet)
-            cldf.unet.blocks_of = torch.compile(cldf.unet.blocks_of)  # type: ignore[method-assign]
-            cldf.classifier.forward = torch.compile(cldf.classifier.forward)  # type: ignore[method-assign]
+    if rival in IN_PYTORCH:
+        cldf = networks(rival)
 
-        def eager() -> tuple[Tensor, ...]:
+        def in_pytorch() -> tuple[Tensor, ...]:
             found = cldf.segment(x, present)
             return found.probability, found.mask
 
-        return eager
+        return in_pytorch
     predictor = Predictor(engine(), precision="float32" if rival == "onnx" else rival)
     predictor.load()
 
@@ -105,8 +112,8 @@ def from_file(rival: str, slices: int) -> Callable[[], tuple[Tensor, ...]]:
         stored = (1000 * values).to(torch.int16).permute(2, 1, 0).numpy()
         nibabel.save(nibabel.Nifti1Image(stored, np.diag([1.0, 1.0, 4.0, 1.0])), path)
     source, out = ",".join(map(str, paths)), folder() / rival
-    if rival == "eager":
-        cldf, record = networks(), Run(ROOT / "benchmarks" / "weights" / "lgg").record()
+    if rival in IN_PYTORCH:
+        cldf, record = networks(rival), Run(ROOT / "benchmarks" / "weights" / "lgg").record()
 
         def run() -> list[Path]:
             given = torch.ones(1, dtype=torch.bool)
@@ -143,7 +150,7 @@ def work(problem: Problem) -> Work | None:
     """The networks' operations as PyTorch does them; their weights and images are read, and probabilities written."""
     if problem["part"] != "model":
         return None
-    cldf, images = networks(), tissue(problem["slices"], 64)
+    cldf, images = networks("eager"), tissue(problem["slices"], 64)
     weights = sum(each.nbytes for network in (cldf.unet, cldf.classifier) for each in network.parameters())
     return Work(counted_operations(case("eager", **problem)), weights + 2 * images.nbytes)
 
@@ -157,7 +164,7 @@ BENCHMARK = Benchmark(
     quick=(),
     small=lambda problem: {"part": problem["part"], "slices": 2},
     headlines=PROBLEMS[1:],
-    variants=("float16",),
+    variants=("float16", "segment"),
     slow=frozenset({"onnx", "float16", "eager", "compile"}),  # the export
     work=work,
 )

@@ -5,15 +5,17 @@
 The public procedure runs the whole UNet for every noise level, resizes the blocks that hooks have kept to the image's
 size, concatenates them and applies the multilayer perceptron to pixels. "inference" goes from an image to an embedding
 of every pixel; "training" is a step: from four images and 1024 anchors to the loss and the decoder's gradients. All
-rivals share weights, noise and decoder. What lies between the public procedure and ours, one trick after the other:
+rivals share weights, noise and decoder; but for ours and bfloat16 they run the UNet as it is published
+(`public_layers`). What lies between the public procedure and ours, one trick after the other:
 
     public      as above
     truncated   the UNet stops after the last block that is read
     stacked     and all noise levels are one batch
     reading     and blocks stay at native size: the decoder's first layer comes before resizing (inference), or single
                 pixels are read (training)
-    ours        inference: the same. training: the same, but once for all steps: the network is frozen, so what anchors
-                read is held, in half precision, and a step has no UNet
+    ours        inference: and norm, scale, shift and SiLU are one operation, on channels side by side. training: once
+                for all steps: the network is frozen, so what anchors read is held, in half precision, and a step has
+                no UNet
     bfloat16    inference: ours with convolutions and products in bfloat16
 """
 
@@ -27,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.public_layers import as_published
 from benchmarks.suite import SEED, Benchmark, Problem, Work, counted_operations, result_of
 from cldf_fast import DiffusionFeatures, PixelDecoder, PixelInfoNCE
 from cldf_fast.diffusion import Diffusion
@@ -40,7 +43,7 @@ PROBLEMS: tuple[Problem, ...] = tuple(
     for width in (64, 128)
 )
 RIVALS = {
-    "inference": ("ours", "public", "truncated", "stacked", "bfloat16"),
+    "inference": ("ours", "public", "truncated", "stacked", "reading", "bfloat16"),
     "training": ("ours", "public", "reading"),
 }
 # How far from the float32 result a rival may be, relative to its norm: rounding alone, or that of what it stores.
@@ -55,14 +58,15 @@ ANCHORS, CLASSES, TEMPERATURE = 1024, 2, 0.1
 class Setting:
     """What all rivals share: images, their noise, the frozen UNet, the decoder, and anchors of a training step."""
 
-    def __init__(self, batch: int, size: int, width: int) -> None:
+    def __init__(self, batch: int, size: int, width: int, *, published: bool = False) -> None:
         torch.manual_seed(SEED)
-        self.unet = UNet(1, width, channel_mult=(1, 2, 3, 4), num_res_blocks=2, num_classes=3)
+        unet = UNet(1, width, channel_mult=(1, 2, 3, 4), num_res_blocks=2, num_classes=3)
         # As initialised, every residual branch is zero.
         with torch.no_grad():
-            for parameter in self.unet.parameters():
+            for parameter in unet.parameters():
                 parameter.normal_(0, 0.1 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
-        self.unet.eval().requires_grad_(False)
+        unet.eval().requires_grad_(False)
+        self.unet = as_published(unet) if published else unet
         self.features = self.reader()
         self.decoder = PixelDecoder(self.features.channels).eval()
         self.x = torch.rand(batch, 1, size, size) * 2 - 1
@@ -192,7 +196,7 @@ def train_on_held(setting: Setting, held: Tensor) -> tuple[Tensor, ...]:
 
 def case(rival: str, part: str, batch: int, size: int, width: int) -> Callable[[], tuple[Tensor, ...]]:
     """What is timed: a call that gives embeddings [B, D, H, W], or the loss and gradients of a step."""
-    setting = Setting(batch, size, width)
+    setting = Setting(batch, size, width, published=rival not in ("ours", "bfloat16"))
     match part, rival:
         case "inference", "public":
             return partial(infer_level_after_level, setting, whole_unet)
@@ -202,7 +206,7 @@ def case(rival: str, part: str, batch: int, size: int, width: int) -> Callable[[
             return partial(infer_stacked, setting)
         case "inference", "bfloat16":
             return partial(infer, setting, setting.reader(torch.bfloat16))
-        case "inference", "ours":
+        case "inference", "reading" | "ours":
             return partial(infer, setting, setting.features)
         case "training", "public":
             return partial(train_public, setting)

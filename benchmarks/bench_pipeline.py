@@ -33,10 +33,13 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from benchmarks import public_pipeline
+from benchmarks.public_layers import as_published
 from benchmarks.suite import Benchmark, Problem, result_of
 from cldf_fast.comparison import native_masks, score
 from cldf_fast.data.packing import PackedSlices, pack
 from cldf_fast.data.phantom import phantom_split
+from cldf_fast.models.classifier import NoiseAwareClassifier
+from cldf_fast.models.unet import UNet
 from cldf_fast.pipeline import CLDF
 from cldf_fast.run import Run
 from cldf_fast.training import fit as fitting
@@ -134,6 +137,10 @@ def case(rival: str, patients: int, steps: int) -> Callable[[], Trained]:
     """What is timed."""
     folder = tempfile.TemporaryDirectory()
     trainer, cldf = trainer_of(patients, steps, Path(folder.name)), bundled().load()
+    if rival != OURS:
+        assert isinstance(cldf.unet, UNet)
+        assert isinstance(cldf.classifier, NoiseAwareClassifier)
+        cldf = CLDF(cldf.config, as_published(cldf.unet), as_published(cldf.classifier))
 
     def run() -> Trained:
         with folder:

@@ -2,8 +2,9 @@
 
     python -m benchmarks saliency
 
-All rivals read the same noised images of the same network and compute the same maps and labels. "whole" goes from
+All rivals read the same noised images of the same weights and compute the same maps and labels. "whole" goes from
 noised images to pixel labels; "epilogue" is what follows the backward passes: from gradients and CAMs to pixel labels.
+Rivals run the network as it is published (`public_layers`); captum_our_layers is Captum on our layers.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor, nn
 
+from benchmarks.public_layers import as_published
 from benchmarks.suite import SEED, Benchmark, Problem, Work, counted_operations, result_of
 from cldf_fast.config import Config
 from cldf_fast.diffusion import Diffusion
@@ -260,7 +262,7 @@ EPILOGUES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
     "reference": partial(ours_epilogue, impl="reference"),
     "numpy": numpy_epilogue,
 }
-WHOLE = {"autograd_and_hooks": autograd_and_hooks, "captum": captum}
+WHOLE = {"autograd_and_hooks": autograd_and_hooks, "captum": captum, "captum_our_layers": captum}
 RIVALS = {"epilogue": tuple(EPILOGUES), "whole": (OURS, *WHOLE)}
 INDEPENDENT = {"epilogue": "numpy", "whole": "autograd_and_hooks"}  # what ours is compared with
 
@@ -274,6 +276,8 @@ def case(rival: str, part: str, batch: int, size: int, levels: int, classes: int
     classifier, x, (alpha_bar, times) = network(size, classes), images(batch, size), noise_levels(levels)
     if rival != OURS:
         noised = noised_batch(x, alpha_bar, pixel_seed(x))
+        if rival != "captum_our_layers":
+            classifier = as_published(classifier)
         return partial(by_level, noised, times, batch, classes, *WHOLE[rival](classifier))
     saliency = ClassifierSaliency(
         classifier,
@@ -317,7 +321,7 @@ BENCHMARK = Benchmark(
     quick=tuple(problem | {"batch": 2, "size": 32} for problem in PROBLEMS[::3]),
     small=lambda problem: {"part": problem["part"], "batch": 1, "size": 16, "levels": 2, "classes": 1},
     headlines=PROBLEMS,
-    libraries={"captum": "captum"},
+    libraries={"captum": "captum", "captum_our_layers": "captum"},
     operations={OURS: "gradient_saliency"},
     work=work,
 )
