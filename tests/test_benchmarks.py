@@ -434,7 +434,7 @@ def test_a_study_goes_on_from_given_networks(study: Path, tmp_path: Path, monkey
 
 
 def test_the_table_of_dice_comes_from_studies(study: Path, tmp_path: Path) -> None:
-    assert documents.read_studies(tmp_path) is None
+    assert documents.read_studies(tmp_path) == {}
     kept = json.loads((study / "phantom.json").read_text(encoding="utf-8"))
     means = {}
     for number, name in enumerate(documents.STUDIES):
@@ -443,7 +443,9 @@ def test_the_table_of_dice_comes_from_studies(study: Path, tmp_path: Path) -> No
         figure["seed_means"] = [figure["mean"]] * (3 if number else 1)
         saved(tmp_path, f"{name}.json", kept)
     found = documents.read_studies(tmp_path)
-    assert found is not None
+    first = next(iter(found))
+    assert documents.STUDIES[first] in documents.dice_block({first: found[first]})
+    assert len(documents.dice_block({first: found[first]}).splitlines()[0].split("|")) == 4
     block = documents.dice_block(found)
     row = next(line for line in block.splitlines() if line.startswith("| CLDF |"))
     assert [cell.strip() for cell in row.split("|")[2:-1]] == ["**0.123 (one seed)**", "**0.323**", "**0.523**"]
