@@ -10,7 +10,7 @@ A predictor can be pickled before it is loaded, so that Ray, Dask or a pool of p
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -246,7 +246,7 @@ class Predictor:
             raise
 
     def _sessions(
-        self, sealed: SealedDirectory, files: dict[str, str], backend: str, *, rebuild: bool = False
+        self, sealed: SealedDirectory, files: Mapping[str, str], backend: str, *, rebuild: bool = False
     ) -> dict[str, Session]:
         """A session of each ONNX file, or none at all."""
         if backend == "onnx":
