@@ -4,6 +4,7 @@
     python -m benchmarks --compare A B [--factor F]       results files or folders; exit code 1 if B is slower
     python -m benchmarks docs [--check]                   README and docs/performance.md from benchmarks/results
     python -m benchmarks study NAME [--data DIR] ...      lgg, phantom or organs: train, evaluate, report
+    python -m benchmarks gpu [NAME ...] [--rehearse]      on a CUDA device: see benchmarks/gpu.py
 
 Exit codes: 1 for a regression, a failed comparison of results or docs out of date, 2 for what can't be used.
 """
@@ -31,6 +32,10 @@ def main(arguments: list[str]) -> int:
             return docs(rest)
         if command == "study":
             return study(rest)
+        if command == "gpu":
+            from benchmarks import gpu
+
+            return gpu.main(rest)
         return bench(arguments)
     except CLDFError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,15 +1,13 @@
 """sample_anchors against what people use: per image and class up to S pixels, without replacement.
 
     python -m benchmarks anchors
-    python -m benchmarks.bench_anchors gpu    # the same on a CUDA device, JSON
+    python -m benchmarks gpu anchors    # on a CUDA device
 
 All rivals draw the same numbers of pixels from the same label maps; none reads features.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.suite import SEED, Benchmark, Problem, Work, attempt
+from benchmarks.gpu import Gpu
+from benchmarks.suite import SEED, Benchmark, Problem, Work
 from cldf_fast.ops import sample_anchors
 
 PROBLEMS = (
@@ -138,8 +137,8 @@ def test_draw(benchmark: Any, rival: str, problem: Problem) -> None:
     check(rival, problem, benchmark.pedantic(case(rival, **problem), warmup_rounds=2, rounds=15))
 
 
-def gpu_rows(timer: Callable[[Callable[[], Any]], float], device: str = "cuda") -> list[dict[str, Any]]:
-    """Milliseconds of every rival on a device."""
+def on_gpu(gpu: Gpu) -> str:
+    """All rivals on a device; returns ours."""
     rivals: dict[str, Draw] = {
         "triton": partial(ours, impl="triton"),
         "triton_hard": partial(ours_hard, impl="triton"),
@@ -147,23 +146,17 @@ def gpu_rows(timer: Callable[[Callable[[], Any]], float], device: str = "cuda") 
         "contrastive_seg": contrastive_seg,
         "multinomial": multinomial,
     }
-    rows = []
-    for problem in PROBLEMS:
-        labels, predicted = drawn_labels(problem["batch"], problem["size"], problem["classes"], device)
-        for name, draw in rivals.items():
-            run = partial(draw, labels, predicted, problem["classes"], problem["per_class"])
-
-            def measure(row: dict[str, Any], run: Callable[[], Any] = run, labels: Tensor = labels) -> None:
-                check_pixels(run()[0], labels, row["problem"]["classes"], row["problem"]["per_class"])
-                row["ms"] = timer(run)
-
-            rows.append(attempt({"rival": name, "problem": problem}, measure))
-    return rows
-
-
-if __name__ == "__main__":
-    if sys.argv[1:] != ["gpu"]:
-        sys.exit("usage: python -m benchmarks.bench_anchors gpu")
-    from triton.testing import do_bench
-
-    print(json.dumps(gpu_rows(partial(do_bench, return_mode="median")), indent=1))
+    for problem in BENCHMARK.quick if gpu.rehearse else PROBLEMS:
+        labels, predicted = drawn_labels(problem["batch"], problem["size"], problem["classes"], gpu.device)
+        sizes = problem["classes"], problem["per_class"]
+        for rival, draw in rivals.items():
+            gpu.row(
+                rival,
+                problem,
+                lambda draw=draw, labels=labels, predicted=predicted, sizes=sizes: partial(
+                    draw, labels, predicted, *sizes
+                ),
+                check=lambda result, labels=labels, sizes=sizes: check_pixels(result[0], labels, *sizes),
+                work=work(problem),
+            )
+    return "triton"

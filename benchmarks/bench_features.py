@@ -1,6 +1,7 @@
 """Features of a frozen UNet and the decoder on them, against the public procedure of ddpm-segmentation and its ports.
 
     python -m benchmarks features
+    python -m benchmarks gpu features    # on a CUDA device
 
 The public procedure runs the whole UNet for every noise level, resizes the blocks that hooks have kept to the image's
 size, concatenates them and applies the multilayer perceptron to pixels. "inference" goes from an image to an embedding
@@ -29,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu import Gpu
 from benchmarks.public_layers import as_published
 from benchmarks.suite import SEED, Benchmark, Problem, Work, counted_operations, result_of
 from cldf_fast import DiffusionFeatures, PixelDecoder, PixelInfoNCE
@@ -58,7 +60,7 @@ ANCHORS, CLASSES, TEMPERATURE = 1024, 2, 0.1
 class Setting:
     """What all rivals share: images, their noise, the frozen UNet, the decoder, and anchors of a training step."""
 
-    def __init__(self, batch: int, size: int, width: int, *, published: bool = False) -> None:
+    def __init__(self, batch: int, size: int, width: int, *, published: bool = False, device: str = "cpu") -> None:
         torch.manual_seed(SEED)
         unet = UNet(1, width, channel_mult=(1, 2, 3, 4), num_res_blocks=2, num_classes=3)
         # As initialised, every residual branch is zero.
@@ -66,18 +68,18 @@ class Setting:
             for parameter in unet.parameters():
                 parameter.normal_(0, 0.1 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
         unet.eval().requires_grad_(False)
-        self.unet = as_published(unet) if published else unet
+        self.unet = (as_published(unet) if published else unet).to(device)
         self.features = self.reader()
-        self.decoder = PixelDecoder(self.features.channels).eval()
-        self.x = torch.rand(batch, 1, size, size) * 2 - 1
-        self.labels = torch.arange(batch) % 3
+        self.decoder = PixelDecoder(self.features.channels).eval().to(device)
+        self.x = (torch.rand(batch, 1, size, size) * 2 - 1).to(device)
+        self.labels = torch.arange(batch, device=device) % 3
         self.size = (size, size)
         self.noised = noised_batch(self.x, self.features.alpha_bar, pixel_seed(self.x)).unflatten(
             0, (len(NOISE_LEVELS), batch)
         )
         self.blocks = [i for i, factor in enumerate(self.unet.output_downsample) if factor in DOWNSAMPLE]
-        self.anchors = torch.randint(size * size, (batch, ANCHORS // batch))
-        self.anchor_labels = torch.randint(CLASSES, (ANCHORS,))
+        self.anchors = torch.randint(size * size, (batch, ANCHORS // batch)).to(device)
+        self.anchor_labels = torch.randint(CLASSES, (ANCHORS,)).to(device)
 
     def reader(self, dtype: torch.dtype = torch.float32) -> DiffusionFeatures:
         return DiffusionFeatures(
@@ -177,7 +179,7 @@ def train_public(setting: Setting) -> tuple[Tensor, ...]:
     embeddings = mlp(setting.decoder, rows.flatten(0, 1))
     # The matrix of all pairs, as in the public losses; PixelInfoNCE's own value is compared with it.
     logits = embeddings @ embeddings.T / TEMPERATURE
-    others = ~torch.eye(len(logits), dtype=torch.bool)
+    others = ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
     positives = (setting.anchor_labels == setting.anchor_labels.unsqueeze(1)) & others
     log_probability = logits - logits.masked_fill(~others, -torch.inf).logsumexp(dim=1, keepdim=True)
     loss = -((log_probability * positives).sum(dim=1) / positives.sum(dim=1)).mean()
@@ -194,9 +196,11 @@ def train_on_held(setting: Setting, held: Tensor) -> tuple[Tensor, ...]:
     return setting.step(setting.decoder(held.float()).flatten(0, 1))
 
 
-def case(rival: str, part: str, batch: int, size: int, width: int) -> Callable[[], tuple[Tensor, ...]]:
+def case(
+    rival: str, part: str, batch: int, size: int, width: int, device: str = "cpu"
+) -> Callable[[], tuple[Tensor, ...]]:
     """What is timed: a call that gives embeddings [B, D, H, W], or the loss and gradients of a step."""
-    setting = Setting(batch, size, width, published=rival not in ("ours", "bfloat16"))
+    setting = Setting(batch, size, width, published=rival not in ("ours", "bfloat16"), device=device)
     match part, rival:
         case "inference", "public":
             return partial(infer_level_after_level, setting, whole_unet)
@@ -222,9 +226,14 @@ def check(rival: str, problem: Problem, result: tuple[Tensor, ...]) -> None:
     """What the public procedure gives, or, of that itself, what the rival gives that is most like it."""
     part, other = problem["part"], {"inference": "stacked", "training": "reading"}[problem["part"]]
     expected = result_of("features", other if rival == "public" else "public", problem)
+    agree(result, expected, TOLERANCE.get((part, rival), EXACT))
+
+
+def agree(result: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: float) -> None:
+    """Within a tolerance, relative to the norm."""
     for found, theirs in zip(result, expected, strict=True):
         assert theirs.std(correction=0) > 0 or theirs.ndim == 0
-        assert (found - theirs).norm() / theirs.norm() < TOLERANCE.get((part, rival), EXACT)
+        assert (found - theirs).norm() / theirs.norm() < tolerance
 
 
 def work(problem: Problem) -> Work | None:
@@ -255,3 +264,51 @@ BENCHMARK = Benchmark(
 def test_features(benchmark: Any, memory: Callable[[], None], rival: str, problem: Problem) -> None:
     check(rival, problem, benchmark.pedantic(case(rival, **problem), warmup_rounds=1, rounds=3))
     memory()
+
+
+def on_gpu(gpu: Gpu) -> str:
+    """Inference and training on a device, each compared with the public procedure there, and a volume; returns ours."""
+    for problem in BENCHMARK.quick if gpu.rehearse else PROBLEMS:
+        part = problem["part"]
+        expected = case("public", **problem, device=gpu.device)()
+        calls = {"ours": "ours", "public": "public"} | ({"ours_bfloat16": "bfloat16"} if part == "inference" else {})
+        for rival, name in calls.items():
+            tolerance = TOLERANCE.get((part, name), EXACT)
+            gpu.row(
+                rival,
+                problem,
+                lambda name=name, problem=problem: case(name, **problem, device=gpu.device),
+                check=lambda result, expected=expected, tolerance=tolerance: agree(result, expected, tolerance),
+            )
+    problem = {"part": "volume", "slices": 155, "size": 256}
+    if gpu.rehearse:
+        problem |= {"slices": 3, "size": 32}
+    run, work = volume(**problem, device=gpu.device)
+    gpu.row("ours", problem, lambda: run, check=lambda result: torch.testing.assert_close(result, run()), work=work)
+    return "ours"
+
+
+def volume(part: str, slices: int, size: int, device: str) -> tuple[Callable[[], Tensor], Work]:
+    """Embeddings of all pixels of a volume of four channels, in bfloat16, by a UNet as wide as diffusion-anomaly's.
+
+    Returns the call, which gives the embeddings' sums, and its work, in which weights are read once a batch.
+    """
+    unet = UNet(4, 128, channel_mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2, attention_downsample=(16,), num_classes=2)
+    unet.eval().requires_grad_(False).to(device)
+    features = DiffusionFeatures(
+        unet, Diffusion(), noise_levels=NOISE_LEVELS, downsample=DOWNSAMPLE, prediction=False, dtype=torch.bfloat16
+    )
+    decoder = PixelDecoder(features.channels).eval().to(device)
+    images = (torch.rand(slices, 4, size, size) * 2 - 1).to(device)
+    labels = torch.zeros(slices, dtype=torch.long, device=device)
+
+    @torch.no_grad()
+    def embedded(rows: slice) -> Tensor:
+        return decoder.dense(features(images[rows], labels[rows]), (size, size))
+
+    def run() -> Tensor:
+        return torch.stack([embedded(slice(i, i + 8)).sum() for i in range(0, slices, 8)])
+
+    operations = counted_operations(lambda: embedded(slice(0, 1))) * slices
+    weights = sum(each.nbytes for each in unet.parameters()) * -(-slices // 8)
+    return run, Work(operations, weights + images.nbytes)

@@ -1,6 +1,7 @@
 """Evidence from the project's classifier against what people do: a loop over noise levels, and a pass more for the CAM.
 
     python -m benchmarks saliency
+    python -m benchmarks gpu saliency    # on a CUDA device
 
 All rivals read the same noised images of the same weights and compute the same maps and labels. "whole" goes from
 noised images to pixel labels; "epilogue" is what follows the backward passes: from gradients and CAMs to pixel labels.
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor, nn
 
+from benchmarks.gpu import Gpu
 from benchmarks.public_layers import as_published
 from benchmarks.suite import SEED, Benchmark, Problem, Work, counted_operations, result_of
 from cldf_fast.config import Config
@@ -237,7 +239,7 @@ def captum(classifier: NoiseAwareClassifier) -> tuple[Attribute, Attribute]:
 def ours_whole(saliency: ClassifierSaliency, x: Tensor, classes: int) -> tuple[Tensor, ...]:
     """Images to labels, the noise included."""
     evidence = saliency(x)
-    present = torch.ones(len(x), classes, dtype=torch.bool)
+    present = torch.ones(len(x), classes, dtype=torch.bool, device=x.device)
     return evidence.gradient_map, evidence.cam, pixel_labels(evidence, present, THRESHOLDS).labels
 
 
@@ -246,7 +248,7 @@ def ours_epilogue(gradients: Tensor, cam: Tensor, impl: str) -> tuple[Tensor, ..
     by_level = gradients.flatten(1, 2)
     maps = gradient_saliency(by_level, reduce="sum_abs", percentile=PERCENTILE, sigma=SIGMA, impl=impl)
     gradient_map = maps.view_as(cam)
-    present = torch.ones(cam.shape[:2], dtype=torch.bool)
+    present = torch.ones(cam.shape[:2], dtype=torch.bool, device=cam.device)
     return gradient_map, cam, fuse_evidence(gradient_map, cam, present, thresholds=THRESHOLDS, impl=impl)
 
 
@@ -267,13 +269,24 @@ RIVALS = {"epilogue": tuple(EPILOGUES), "whole": (OURS, *WHOLE)}
 INDEPENDENT = {"epilogue": "numpy", "whole": "autograd_and_hooks"}  # what ours is compared with
 
 
-def case(rival: str, part: str, batch: int, size: int, levels: int, classes: int) -> Callable[[], tuple[Tensor, ...]]:
-    """What is timed: a call that gives gradient maps and CAMs [B, K, H, W] and labels [B, H, W]."""
+def gradients_and_cams(batch: int, size: int, levels: int, classes: int) -> tuple[Tensor, Tensor]:
+    """What the epilogue starts from, [T, B, K, 1, H, W] and [B, K, H, W]."""
+    generator = torch.Generator().manual_seed(2)
+    gradients = torch.randn(levels, batch, classes, 1, size, size, generator=generator)
+    return gradients, torch.rand(batch, classes, size, size, generator=generator)
+
+
+def case(
+    rival: str, part: str, batch: int, size: int, levels: int, classes: int, device: str = "cpu", graph: bool = False
+) -> Callable[[], tuple[Tensor, ...]]:
+    """What is timed: a call that gives gradient maps and CAMs [B, K, H, W] and labels [B, H, W].
+
+    graph: the passes of ours in a CUDA graph.
+    """
     if part == "epilogue":
-        generator = torch.Generator().manual_seed(2)
-        gradients = torch.randn(levels, batch, classes, 1, size, size, generator=generator)
-        return partial(EPILOGUES[rival], gradients, torch.rand(batch, classes, size, size, generator=generator))
-    classifier, x, (alpha_bar, times) = network(size, classes), images(batch, size), noise_levels(levels)
+        return partial(EPILOGUES[rival], *gradients_and_cams(batch, size, levels, classes))
+    classifier, x = network(size, classes).to(device), images(batch, size).to(device)
+    alpha_bar, times = (each.to(device) for each in noise_levels(levels))
     if rival != OURS:
         noised = noised_batch(x, alpha_bar, pixel_seed(x))
         if rival != "captum_our_layers":
@@ -288,13 +301,18 @@ def case(rival: str, part: str, batch: int, size: int, levels: int, classes: int
         target="logit",
         percentile=PERCENTILE,
         sigma=SIGMA,
+        cuda_graph=graph,
     )
     return partial(ours_whole, saliency, x, classes)
 
 
 def check(rival: str, problem: Problem, result: tuple[Tensor, ...]) -> None:
-    """Maps agree with another's to 1e-4, and labels but for a few pixels whose map is at a threshold."""
-    expected = result_of("saliency", INDEPENDENT[problem["part"]] if rival == OURS else OURS, problem)
+    """As of another."""
+    agree(result, result_of("saliency", INDEPENDENT[problem["part"]] if rival == OURS else OURS, problem))
+
+
+def agree(result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """Maps agree to 1e-4, and labels but for a few pixels whose map is at a threshold."""
     for found, theirs in zip(result[:2], expected[:2], strict=True):
         torch.testing.assert_close(found, theirs, rtol=0, atol=1e-4)
         assert found.std() > 0.01
@@ -349,3 +367,48 @@ def seconds(run: Callable[[], Any]) -> float:
         run()
         times.append(time.perf_counter() - start)
     return median(times)
+
+
+def on_gpu(gpu: Gpu) -> str:
+    """All rivals on a device, each compared with numpy, or with a loop of autograd on the CPU; returns ours."""
+    problems: tuple[Problem, ...] = (
+        {"part": "epilogue", "batch": 8, "size": 256, "levels": 5, "classes": 4},
+        {"part": "whole", "batch": 8, "size": 64, "levels": 5, "classes": 1},
+        {"part": "whole", "batch": 8, "size": 128, "levels": 5, "classes": 1},
+    )
+    for problem in problems:
+        if gpu.rehearse:
+            problem = BENCHMARK.small(problem)
+        sizes = {key: problem[key] for key in ("batch", "size", "levels", "classes")}
+        expected = case(INDEPENDENT[problem["part"]], **problem)()
+
+        def compare(result: tuple[Tensor, ...], expected: tuple[Tensor, ...] = expected) -> None:
+            agree(tuple(each.cpu() for each in result), expected)
+
+        if problem["part"] == "epilogue":
+            inputs = [each.to(gpu.device) for each in gradients_and_cams(**sizes)]
+            read, written = sum(each.nbytes for each in inputs), 5 * problem["batch"] * problem["size"] ** 2
+            for rival, impl in (("ours", "auto"), ("reference", "reference")):
+                gpu.row(
+                    rival,
+                    problem,
+                    lambda impl=impl, inputs=inputs: partial(ours_epilogue, *inputs, impl=impl),
+                    check=compare,
+                    work=Work(0, read + written),
+                )
+            continue
+        calls = {
+            "ours": (OURS, False),
+            "autograd_and_hooks": ("autograd_and_hooks", False),
+            "captum": ("captum", False),
+        }
+        if not gpu.rehearse:
+            calls["ours_graph"] = (OURS, True)
+        for rival, (name, graph) in calls.items():
+            gpu.row(
+                rival,
+                problem,
+                lambda name=name, graph=graph, problem=problem: case(name, **problem, device=gpu.device, graph=graph),
+                check=compare,
+            )
+    return "ours"

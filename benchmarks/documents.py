@@ -33,7 +33,7 @@ DOCS = ROOT / "docs"
 END = "<!-- end -->"
 
 STUDIES = {"phantom": "phantom, lesion", "organs": "phantom, four organs", "lgg": "LGG, 64 px"}
-"""Studies that the README's table has, with the heads of their columns."""
+"""Studies that the README's table has once they are kept, with the heads of their columns."""
 METHODS = {
     "cldf": "CLDF",
     "gradient": "gradient map",
@@ -257,12 +257,13 @@ def speed_block(results: Mapping[str, Document]) -> str:
 
 def dice_block(studies: Mapping[str, Document]) -> str:
     """Mean Dice of all methods in all studies."""
+    heads = {name: STUDIES[name] for name in STUDIES if name in studies}
     lines = []
     for method, label in METHODS.items():
-        cells = [_dice(studies[study], method) for study in STUDIES]
+        cells = [_dice(studies[study], method) for study in heads]
         lines.append([label, *(f"**{cell}**" if cell and method == "cldf" else cell for cell in cells)])
-    given = ", ".join(f"{_dice(studies[study], 'cldf_given_labels')} ({head})" for study, head in STUDIES.items())
-    return f"{markdown(['', *STUDIES.values()], lines)}\n\nWith given labels CLDF reaches {given}."
+    given = ", ".join(f"{_dice(studies[study], 'cldf_given_labels')} ({head})" for study, head in heads.items())
+    return f"{markdown(['', *heads.values()], lines)}\n\nWith given labels CLDF reaches {given}."
 
 
 def _dice(study: Document, method: str) -> str:
@@ -277,12 +278,10 @@ def _dice(study: Document, method: str) -> str:
     )
 
 
-def read_studies(folder: Path = RESULTS) -> dict[str, Document] | None:
-    """The studies of the README's table, or None where one was not kept yet."""
+def read_studies(folder: Path = RESULTS) -> dict[str, Document]:
+    """The studies that are kept."""
     files = [folder / f"{name}.json" for name in STUDIES]
-    if not all(file.exists() for file in files):
-        return None
-    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()}
 
 
 def with_block(text: str, name: str, block: str) -> str:
@@ -295,10 +294,9 @@ def with_block(text: str, name: str, block: str) -> str:
     return f"{before}{mark}\n{block}\n{END}{after}"
 
 
-def readme(text: str, results: Mapping[str, Document], studies: Mapping[str, Document] | None) -> str:
-    """The README with its blocks brought up to date; the table of Dice stays as it is until all studies are kept."""
-    text = with_block(text, "speed", speed_block(results))
-    return text if studies is None else with_block(text, "studies", dice_block(studies))
+def readme(text: str, results: Mapping[str, Document], studies: Mapping[str, Document]) -> str:
+    """The README with its blocks brought up to date."""
+    return with_block(with_block(text, "speed", speed_block(results)), "studies", dice_block(studies))
 
 
 # --- docs/performance.md ----------------------------------------------------------------------------------------------
@@ -470,7 +468,7 @@ def _roofline(results: Mapping[str, Document]) -> str | None:
 # --- Writing ----------------------------------------------------------------------------------------------------------
 
 
-def generated(results: Mapping[str, Document], studies: Mapping[str, Document] | None) -> dict[Path, str]:
+def generated(results: Mapping[str, Document], studies: Mapping[str, Document]) -> dict[Path, str]:
     """Every file that results determine, with its text."""
     return {
         README: readme(README.read_text(encoding="utf-8"), results, studies),

@@ -181,15 +181,3 @@ def _busy_seconds() -> float | None:
 def _own_seconds() -> float:
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def attempt(row: dict[str, Any], measure: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """A rival's row on a GPU, filled by `measure`, or with the reason why that failed.
-
-    One rival that fails, for want of memory or of a compiler, leaves the others' figures standing.
-    """
-    try:
-        measure(row)
-    except Exception as error:
-        row["failed"] = f"{type(error).__name__}: {error}"[:200]
-    return row

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cldf_fast.errors import ConfigError
 from cldf_fast.files import atomic_write_text
@@ -145,6 +145,12 @@ class FeatureConfig(Section):
         description="keep features in the run, rounded so, for training further decoders and evaluating again",
     )
     store_gib: float = Field(default=10.0, gt=0, description="bound on the store, GiB")
+
+    @field_validator("condition", mode="before")
+    @classmethod
+    def _null_is_a_word(cls, value: object) -> object:
+        # To YAML it is the absence of a value.
+        return "null" if value is None else value
 
 
 class DecoderConfig(Section):

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from benchmarks import conftest, documents, plots, results, studies, suite
 from benchmarks.__main__ import STEMS, main
+from benchmarks.gpu import Gpu
 from benchmarks.targets import TARGETS
 from cldf_fast import cli
 
@@ -434,7 +435,7 @@ def test_a_study_goes_on_from_given_networks(study: Path, tmp_path: Path, monkey
 
 
 def test_the_table_of_dice_comes_from_studies(study: Path, tmp_path: Path) -> None:
-    assert documents.read_studies(tmp_path) is None
+    assert documents.read_studies(tmp_path) == {}
     kept = json.loads((study / "phantom.json").read_text(encoding="utf-8"))
     means = {}
     for number, name in enumerate(documents.STUDIES):
@@ -443,7 +444,9 @@ def test_the_table_of_dice_comes_from_studies(study: Path, tmp_path: Path) -> No
         figure["seed_means"] = [figure["mean"]] * (3 if number else 1)
         saved(tmp_path, f"{name}.json", kept)
     found = documents.read_studies(tmp_path)
-    assert found is not None
+    first = next(iter(found))
+    assert documents.STUDIES[first] in documents.dice_block({first: found[first]})
+    assert len(documents.dice_block({first: found[first]}).splitlines()[0].split("|")) == 4
     block = documents.dice_block(found)
     row = next(line for line in block.splitlines() if line.startswith("| CLDF |"))
     assert [cell.strip() for cell in row.split("|")[2:-1]] == ["**0.123 (one seed)**", "**0.323**", "**0.523**"]
@@ -451,3 +454,32 @@ def test_the_table_of_dice_comes_from_studies(study: Path, tmp_path: Path) -> No
     rewritten = documents.readme(readme, results.read(results.RESULTS), found)
     assert row in rewritten
     assert rewritten.partition("\nsets everything up")[0] == readme.partition("\nsets everything up")[0]
+
+
+# --- On a GPU
+
+
+def test_every_row_of_a_gpu_can_be_measured(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--rehearse", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=documents.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = results.read(tmp_path)
+    assert set(found) == {"infonce-gpu", "anchors-gpu", "saliency-gpu", "features-gpu"}
+    for document in found.values():
+        assert not document["failed"]
+        assert documents.times(document)
+        for _, runs in results.by_problem(document):
+            assert document["ours"] in runs
+
+
+def test_a_row_that_fails_leaves_the_others() -> None:
+    def is_one(result: int) -> None:
+        assert result == 1, "not 1"
+
+    gpu = Gpu(rehearse=True)
+    for rival, prepare in (("fine", lambda: lambda: 1), ("wrong", lambda: lambda: 2), ("absent", lambda: {}["kernel"])):
+        gpu.row(rival, {"size": 1}, prepare, check=is_one)
+    document = gpu.document("some", "fine")
+    assert [row["rival"] for row in document["rows"]] == ["fine"]
+    assert set(document["failed"]) == {"wrong, 1", "absent, 1"}
+    assert "not 1" in document["failed"]["wrong, 1"]

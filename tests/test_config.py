@@ -65,6 +65,13 @@ def test_overrides_win_key_by_key(tmp_path: Path) -> None:
     assert (config.cdm.optimisation.steps, config.cdm.optimisation.learning_rate) == (9, 1e-3)
 
 
+def test_the_null_condition_may_be_written_as_yaml_s_null(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("features: {condition: null}", encoding="utf-8")
+    assert load_config(tmp_path / "c.yaml").features.condition == "null"
+    (tmp_path / "c.yaml").write_text("features: {condition: label}", encoding="utf-8")
+    assert load_config(tmp_path / "c.yaml", {"features": {"condition": None}}).features.condition == "null"
+
+
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     path = tmp_path / "empty.yaml"
     path.write_text("# nothing\n", encoding="utf-8")

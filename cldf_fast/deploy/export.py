@@ -114,7 +114,7 @@ def export(
         weights = _weights_digest(run)
         engines = _write_engines(partial, onnx, weights, target)
         card = partial / "MODEL_CARD.md"
-        told = Told(run, record, cldf.config, weights, engines)
+        told = Told(run, record, cldf.config, weights, engines, scored=detector is not None)
         atomic_write_text(card, model_card(told, []))
         seal(partial, engines=engines)
         measured = _check_parity(partial, precisions)

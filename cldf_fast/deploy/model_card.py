@@ -21,13 +21,17 @@ _MISSING = "not known: `cldf-fast evaluate` was not run before the export"
 
 @dataclass(frozen=True)
 class Told:
-    """What the card is about: the run, its configuration as exported, and the engines by path."""
+    """What the card is about: the run, its configuration as exported, and the engines by path.
+
+    scored: whether there is a score of how unlike the training images a study is.
+    """
 
     run: Run
     record: DatasetRecord
     config: Config
     weights_sha256: str
     engines: Mapping[str, EngineKey]
+    scored: bool
 
 
 def model_card(told: Told, measured: Sequence[Parity]) -> str:
@@ -49,6 +53,11 @@ def model_card(told: Told, measured: Sequence[Parity]) -> str:
         "",
         "Not for: other modalities, channels or body regions than those trained on; measuring; any use without a "
         "reader who checks every mask. A slice whose label is missed gets an empty mask.",
+        "",
+        "A study that is unlike the training images is warned of, or refused, by a score of its intensities and of the "
+        "diffusion model's features (`ood.json`). It does not see every difference."
+        if told.scored
+        else "Nothing tells a study that is unlike the training images: this was exported without them at hand.",
         "",
         "## Training data",
         "",

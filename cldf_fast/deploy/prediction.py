@@ -11,8 +11,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +22,7 @@ from cldf_fast import __version__
 from cldf_fast.data.stacks import Stack, check_output_folder
 from cldf_fast.deploy.audit import AuditLog, pseudonym, pseudonym_key
 from cldf_fast.deploy.ood import LEVELS
-from cldf_fast.deploy.predictor import PredictedCase, Predictor
+from cldf_fast.deploy.predictor import PredictedCase, Predictor, SegmentedStudy
 from cldf_fast.errors import CLDFError, ConfigError, DataError, IntegrityError, UnlikeTrainingError
 from cldf_fast.files import atomic_write_text
 
@@ -82,9 +82,9 @@ def predict(
 ) -> Iterator[Outcome]:
     """Segment studies and write their masks to the folder `out`; yields what became of each, in order.
 
-    While one study is segmented the next is read: two are in memory, never more. A study that can't be used is
-    refused, and nothing of it is written. go_on: leave out what the summary of an earlier run lists as done, and whose
-    files are there. Other arguments as in `Predictor.predict`.
+    While one study is segmented the next is read and the one before is written: three are in memory, never more. A
+    study that can't be used is refused, and nothing of it is written. go_on: leave out what the summary of an earlier
+    run lists as done, and whose files are there. Other arguments as in `Predictor.predict`.
     Raises IntegrityError, BackendError, EngineMismatchError or ConfigError, before any study, where the predictor or an
     argument can't be used; IntegrityError also where a graph does not give what the directory says.
     """
@@ -93,82 +93,120 @@ def predict(
     part = part or Part()
     predictor.load()
     out.mkdir(parents=True, exist_ok=True)
-    summary = out / ("summary.json" if part.total == 1 else f"summary-{part.number}.json")
     mine = list(sources)[part.number :: part.total]
-    done = _done(summary, out) if go_on else {}
-    audit = AuditLog(out / "audit.jsonl", fields=AUDIT_FIELDS)
-    key = pseudonym_key(out / "audit.jsonl")
-    outcomes: list[Outcome] = []
-    taken = _names([done[source] for source in mine if source in done])
+    ledger = _Ledger(predictor, mine, out, part, go_on=go_on, probability=probability)
 
-    def read(source: str) -> Stack | CLDFError | None:
-        if source in done:
-            return None
+    def read(source: str) -> _Found:
+        if source in ledger.done:
+            return ledger.done[source]
         try:
             return predictor.read(source, replicate=replicate)
         except CLDFError as error:
             return error
 
-    with ThreadPoolExecutor(1) as reader:
+    def segmented(found: _Found) -> _Found:
+        if not isinstance(found, Stack):
+            return found
+        try:
+            check_output_folder(found, out)
+            return predictor.segment_study(found, labels=labels, window=window, probability=probability, ood=ood)
+        except IntegrityError:
+            raise  # The directory is to blame, not the study.
+        except CLDFError as error:
+            return _Refused(found, error)
+
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         following = reader.submit(read, mine[0]) if mine else None
+        before: Future[Outcome] | None = None
         for number, source in enumerate(mine):
             assert following is not None
             started = time.perf_counter()
-            stack = following.result()
+            found = following.result()
             following = reader.submit(read, mine[number + 1]) if number + 1 < len(mine) else None
-            if stack is None:
-                outcome = done[source]
-            else:
-                outcome = Outcome(source, "refused")
-                entry: dict[str, Any] = {"source": pseudonym(source, key)}
-                try:
-                    if isinstance(stack, CLDFError):
-                        raise stack
-                    entry["pixels_sha256"] = hashlib.sha256(stack.image.tobytes()).hexdigest()
-                    check_output_folder(stack, out)
-                    with TemporaryDirectory(prefix=".partial-", dir=out) as beside:
-                        case = predictor.predict(
-                            stack, beside, labels=labels, window=window, probability=probability, ood=ood
-                        )
-                        hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in case.files]
-                        files = _put(case.files, out, taken | _names(outcomes))
-                    outcome, entry["outputs_sha256"] = _outcome(source, case, files), hashes
-                except IntegrityError:
-                    raise  # The directory is to blame, not the study.
-                except CLDFError as error:
-                    # The sentence names files, and so perhaps the patient: it stays out of the log.
-                    outcome.reason, entry["reason"] = str(error), type(error).__name__
-                    outcome.code = entry["code"] = error.code
-                    outcome.ood = error.scores if isinstance(error, UnlikeTrainingError) else None
-                outcome.seconds = round(time.perf_counter() - started, 3)
-                audit.append(**entry, **_provenance(predictor, outcome))
-            outcomes.append(outcome)
-            content = {
-                "version": __version__,
-                **asdict(predictor.execution),
-                "cases": [asdict(each) for each in outcomes],
-            }
-            atomic_write_text(summary, json.dumps(content, indent=2) + "\n")
-            yield outcome
+            found = segmented(found)
+            if before is not None:
+                yield before.result()
+            before = writer.submit(ledger.enter, source, found, started)
+        if before is not None:
+            yield before.result()
 
 
-def _names(outcomes: Sequence[Outcome]) -> dict[str, str]:
-    """Whose each file is."""
-    return {name: outcome.source for outcome in outcomes for name in outcome.files}
+@dataclass(frozen=True)
+class _Refused:
+    """A study that was read, and why it goes no further."""
+
+    stack: Stack
+    error: CLDFError
 
 
-def _put(files: Sequence[Path], out: Path, taken: Mapping[str, str]) -> list[str]:
-    """Move a study's files to `out`, unless one of them has the name of another study's. Returns their names."""
-    for file in files:
-        if file.name in taken:
-            raise DataError(
-                f"out: {file.name} is the name of the mask of {taken[file.name]} too; segment studies whose files have "
-                f"the same names into folders of their own",
-                code="output_name_taken",
-            )
-    for file in files:
-        os.replace(file, out / file.name)
-    return [file.name for file in files]
+_Found = Outcome | Stack | SegmentedStudy | _Refused | CLDFError
+"""How far a study has come: done by an earlier run, read, segmented, or refused, after or before it was read."""
+
+
+class _Ledger:
+    """What becomes of each study, entered in order: files, audit.jsonl, summary.json."""
+
+    def __init__(
+        self, predictor: Predictor, sources: Sequence[str], out: Path, part: Part, *, go_on: bool, probability: bool
+    ) -> None:
+        self.predictor, self.out, self.probability = predictor, out, probability
+        self.summary = out / ("summary.json" if part.total == 1 else f"summary-{part.number}.json")
+        self.done = _done(self.summary, out) if go_on else {}
+        self.audit = AuditLog(out / "audit.jsonl", fields=AUDIT_FIELDS)
+        self.key = pseudonym_key(out / "audit.jsonl")
+        self.outcomes: list[Outcome] = []
+        self.owners = {name: source for source in sources if source in self.done for name in self.done[source].files}
+        """Whose each file is."""
+
+    def enter(self, source: str, found: _Found, started: float) -> Outcome:
+        """Write a study's files, or why there are none; only then does the summary list it."""
+        outcome = found if isinstance(found, Outcome) else self._new(source, found, started)
+        self.outcomes.append(outcome)
+        content = {
+            "version": __version__,
+            **asdict(self.predictor.execution),
+            "cases": [asdict(each) for each in self.outcomes],
+        }
+        atomic_write_text(self.summary, json.dumps(content, indent=2) + "\n")
+        return outcome
+
+    def _new(self, source: str, found: _Found, started: float) -> Outcome:
+        outcome = Outcome(source, "refused")
+        entry: dict[str, Any] = {"source": pseudonym(source, self.key)}
+        if isinstance(found, SegmentedStudy | _Refused):
+            entry["pixels_sha256"] = hashlib.sha256(found.stack.image.tobytes()).hexdigest()
+        try:
+            if isinstance(found, _Refused):
+                raise found.error
+            if isinstance(found, CLDFError):
+                raise found
+            assert isinstance(found, SegmentedStudy)
+            with TemporaryDirectory(prefix=".partial-", dir=self.out) as beside:
+                case = self.predictor.write(found, beside, probability=self.probability)
+                hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in case.files]
+                outcome, entry["outputs_sha256"] = _outcome(source, case, self._put(source, case.files)), hashes
+        except CLDFError as error:
+            # The sentence names files, and so perhaps the patient: it stays out of the log.
+            outcome.reason, entry["reason"] = str(error), type(error).__name__
+            outcome.code = entry["code"] = error.code
+            outcome.ood = error.scores if isinstance(error, UnlikeTrainingError) else None
+        outcome.seconds = round(time.perf_counter() - started, 3)
+        self.audit.append(**entry, **_provenance(self.predictor, outcome))
+        return outcome
+
+    def _put(self, source: str, files: Sequence[Path]) -> list[str]:
+        """Move a study's files to their place, unless one of them has the name of another study's; their names."""
+        for file in files:
+            if file.name in self.owners:
+                raise DataError(
+                    f"out: {file.name} is the name of the mask of {self.owners[file.name]} too; segment studies whose "
+                    f"files have the same names into folders of their own",
+                    code="output_name_taken",
+                )
+        for file in files:
+            os.replace(file, self.out / file.name)
+            self.owners[file.name] = source
+        return [file.name for file in files]
 
 
 def _outcome(source: str, case: PredictedCase, files: list[str]) -> Outcome:

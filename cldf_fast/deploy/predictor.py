@@ -10,7 +10,7 @@ A predictor can be pickled before it is loaded, so that Ray, Dask or a pool of p
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,16 @@ class Result:
     mask: Mask
     present: cases.Labels
     label_probability: Floats
+
+
+@dataclass(frozen=True)
+class SegmentedStudy:
+    """One study before it is written. doubts, ood: as `warnings` and `ood` of `PredictedCase`."""
+
+    stack: Stack
+    result: Result
+    doubts: tuple[InputWarning, ...]
+    ood: unlike.Judgement | None
 
 
 @dataclass(frozen=True)
@@ -246,7 +256,7 @@ class Predictor:
             raise
 
     def _sessions(
-        self, sealed: SealedDirectory, files: dict[str, str], backend: str, *, rebuild: bool = False
+        self, sealed: SealedDirectory, files: Mapping[str, str], backend: str, *, rebuild: bool = False
     ) -> dict[str, Session]:
         """A session of each ONNX file, or none at all."""
         if backend == "onnx":
@@ -371,6 +381,19 @@ class Predictor:
         Raises DataError for an input that can't be used, UnlikeTrainingError for one that is refused; nothing is
         written then.
         """
+        study = self.segment_study(source, labels=labels, window=window, probability=probability, ood=ood)
+        return self.write(study, out, probability=probability)
+
+    def segment_study(
+        self,
+        source: str | Stack,
+        *,
+        labels: Sequence[str] | str | None = None,
+        window: tuple[float, float] | None = None,
+        probability: bool = False,
+        ood: str = "warn",
+    ) -> SegmentedStudy:
+        """The part of `predict` that runs the graphs; arguments and errors as there."""
         settings = self.load()
         stack = self.read(source) if isinstance(source, str) else source
         window = window or settings.window
@@ -389,22 +412,21 @@ class Predictor:
             text = labels if isinstance(labels, str) else ",".join(labels)
             given = np.repeat(cases.parse_labels(text, settings.class_names)[None], len(images), axis=0)
         result = self.segment(images, given, everywhere=probability)
+        return SegmentedStudy(stack, result, (*stack.warnings, *cases.window_doubts(stack, window)), judgement)
+
+    def write(self, study: SegmentedStudy, out: str | Path, *, probability: bool = False) -> PredictedCase:
+        """The part of `predict` that writes the files; other threads may use the predictor meanwhile."""
         files, foreground = cases.write_case(
-            stack,
-            result.probability,
-            result.present,
+            study.stack,
+            study.result.probability,
+            study.result.present,
             Path(out),
-            class_names=settings.class_names,
+            class_names=self.load().class_names,
             keep_probability=probability,
         )
+        present, label_probability = study.result.present, study.result.label_probability
         return PredictedCase(
-            stack.source,
-            files,
-            result.present,
-            result.label_probability,
-            foreground,
-            (*stack.warnings, *cases.window_doubts(stack, window)),
-            judgement,
+            study.stack.source, files, present, label_probability, foreground, study.doubts, study.ood
         )
 
 

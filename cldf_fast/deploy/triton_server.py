@@ -300,8 +300,13 @@ class FrontModel:
 class _ServedPredictor(Predictor):
     """A predictor whose graphs are models of the server beside it."""
 
-    def _session(self, sealed: SealedDirectory, onnx: str) -> Session:
-        graph = onnx.split(".")[0]
+    def _sessions(
+        self, sealed: SealedDirectory, files: Mapping[str, str], backend: str, *, rebuild: bool = False
+    ) -> dict[str, Session]:
+        """Of the graphs that `segment` calls."""
+        return {name: self._served(sealed, name, files[name]) for name in GRAPHS}
+
+    def _served(self, sealed: SealedDirectory, graph: str, onnx: str) -> Session:
         folder = self.folder.parents[2] / f"{FRONT}_{graph}" / "1"
         listed = {Path(name).name: entry for name, entry in sealed.manifest.files.items()}
         files = sorted(folder.iterdir()) if folder.is_dir() else []

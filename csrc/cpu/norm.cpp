@@ -44,21 +44,20 @@ struct Place {
   int64_t n, first, channel, piece;
 };
 
-class Walk {
- public:
+struct Walk {
   Walk(const Tensor& x, int64_t groups)
       : batch(x.size(0)),
         channels(x.size(1)),
         pixels(x.numel() ? x.numel() / (batch * channels) : 0),
         groups(groups),
-        together_(x.stride(1) == 1 ? channels : 1),
-        per_piece_(std::max(int64_t{1}, kSlabElements / together_)),
-        pieces(ceil_div(pixels, per_piece_)) {}
+        together(x.stride(1) == 1 ? channels : 1),
+        per_piece(std::max(int64_t{1}, kSlabElements / together)),
+        pieces(ceil_div(pixels, per_piece)) {}
 
   // Calls first(place) for all slabs of an image, then between(n), then second(place) for all of them.
   template <class First, class Between, class Second>
   void run(First first, Between between, Second second) const {
-    const int64_t slabs = channels / together_ * pieces, image = std::max(int64_t{1}, channels * pixels);
+    const int64_t slabs = channels / together * pieces, image = std::max(int64_t{1}, channels * pixels);
     if (batch >= kManyImages) {
       share(batch, image, [&](int64_t n) {
         for (int64_t i = 0; i < slabs; ++i) first(place(n, i));
@@ -72,17 +71,6 @@ class Walk {
     }
   }
 
-  int64_t batch, channels, pixels, groups;
-
- private:
-  // Channels that lie side by side, and the pixels of a slab.
-  int64_t together_, per_piece_;
-
- public:
-  // Slabs of a channel.
-  int64_t pieces;
-
- private:
   template <class F>
   static void share(int64_t count, int64_t elements_each, F f) {
     torch::stable::parallel_for(0, count, ceil_div(kWorthAThread, elements_each), [&](int64_t begin, int64_t end) {
@@ -91,11 +79,13 @@ class Walk {
   }
 
   Place place(int64_t n, int64_t i) const {
-    const int64_t channel = i / pieces, piece = i % pieces, begin = piece * per_piece_;
-    const int64_t first = (n * channels + channel) * pixels + begin * together_;
-    return {{std::min(per_piece_, pixels - begin), together_}, n, first, channel, piece};
+    const int64_t channel = i / pieces, piece = i % pieces, begin = piece * per_piece;
+    const int64_t first = (n * channels + channel) * pixels + begin * together;
+    return {{std::min(per_piece, pixels - begin), together}, n, first, channel, piece};
   }
 
+  // together: channels that lie side by side. per_piece: pixels of a slab. pieces: slabs of a channel.
+  int64_t batch, channels, pixels, groups, together, per_piece, pieces;
 };
 
 // Two sums for every channel of every slab.
@@ -272,9 +262,9 @@ void group_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, std:
 
 }  // namespace
 
-// All float32. x, grad, out and grad_x [B, C, H, W] have one layout, contiguous or channels-last; the rest is contiguous:
-// weight and bias [C]; scale, shift, and the gradients of every image's own slope and offset [B, C]; mean and rstd
-// [B, groups]. groups divides C. The last three tensors are written.
+// All float32. x, grad, out and grad_x [B, C, H, W] have one layout, contiguous or channels-last; the rest is
+// contiguous: weight and bias [C]; scale, shift, and the gradients of every image's own slope and offset [B, C]; mean
+// and rstd [B, groups]. groups divides C. The last three tensors are written.
 STABLE_TORCH_LIBRARY_FRAGMENT(cldf_fast, m) {
   m.def("group_norm_out(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int groups, float eps, "
         "bool silu, Tensor(a!) out, Tensor(b!) mean, Tensor(c!) rstd) -> ()");

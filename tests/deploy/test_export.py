@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import pickle
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from cldf_fast.errors import BackendError, ConfigError, DataError, EngineMismatc
 from cldf_fast.inference import read_case, segment_case
 from cldf_fast.pipeline import CLDF
 from cldf_fast.run import Run
-from tests.deploy.conftest import images
+from tests.deploy.conftest import images, write_study
 from tests.test_run import RECORD
 
 runner = CliRunner()
@@ -282,6 +284,34 @@ def test_predict_keeps_going_and_says_what_was_refused(engine: Path, study: str,
     assert {file.name for file in out.iterdir()} == {"t1_mask.nii.gz", "summary.json", "audit.jsonl", "audit.key"}
 
 
+def test_a_study_is_written_while_the_next_is_segmented(
+    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng()
+    sources = [write_study(rng.gamma(2.0, 100.0, (3, 2, 16, 16)), tmp_path, name) for name in ("a", "b", "c")]
+    writing, segmenting, met = threading.Event(), threading.Event(), []
+    write, segment_study, count = Predictor.write, Predictor.segment_study, itertools.count()
+
+    def slow_write(self: Predictor, *arguments: Any, **options: Any) -> Any:
+        writing.set()
+        met.append(segmenting.wait(60))
+        return write(self, *arguments, **options)
+
+    def waiting_segment_study(self: Predictor, *arguments: Any, **options: Any) -> Any:
+        if next(count) == 1:
+            segmenting.set()
+            met.append(writing.wait(60))
+        return segment_study(self, *arguments, **options)
+
+    monkeypatch.setattr(Predictor, "write", slow_write)
+    monkeypatch.setattr(Predictor, "segment_study", waiting_segment_study)
+    outcomes = list(predict(Predictor(engine), sources, tmp_path / "out"))
+    assert met == [True] * 4
+    assert [outcome.source for outcome in outcomes] == sources
+    assert {outcome.status for outcome in outcomes} == {"done"}
+    assert not list((tmp_path / "out").glob(".partial-*"))
+
+
 def test_no_study_overwrites_another_s_mask(engine: Path, study: str, tmp_path: Path) -> None:
     first = study.split(",")[0]
     (tmp_path / "other").mkdir()
@@ -332,6 +362,7 @@ def test_commands(engine: Path, run: Run, study: str, tmp_path: Path) -> None:
 
 _WITHOUT_TORCH = """
 import sys
+import threading
 # Importing them raises.
 absent = "torch onnx onnxscript pydantic yaml scipy safetensors lightning_fabric matplotlib rich cryptography highdicom"
 sys.modules.update(dict.fromkeys(absent.split()))
