@@ -148,15 +148,12 @@ def on_gpu(gpu: Gpu) -> str:
     }
     for problem in BENCHMARK.quick if gpu.rehearse else PROBLEMS:
         labels, predicted = drawn_labels(problem["batch"], problem["size"], problem["classes"], gpu.device)
-        sizes = problem["classes"], problem["per_class"]
+        sizes = {"classes": problem["classes"], "per_class": problem["per_class"]}
+
+        def check_drawn(result: tuple[Tensor, ...], labels: Tensor = labels, sizes: dict[str, int] = sizes) -> None:
+            check_pixels(result[0], labels, **sizes)
+
         for rival, draw in rivals.items():
-            gpu.row(
-                rival,
-                problem,
-                lambda draw=draw, labels=labels, predicted=predicted, sizes=sizes: partial(
-                    draw, labels, predicted, *sizes
-                ),
-                check=lambda result, labels=labels, sizes=sizes: check_pixels(result[0], labels, *sizes),
-                work=work(problem),
-            )
+            prepare = partial(partial, draw, labels, predicted, *sizes.values())
+            gpu.row(rival, problem, prepare, check=check_drawn, work=work(problem))
     return "triton"

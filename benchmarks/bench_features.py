@@ -273,18 +273,17 @@ def on_gpu(gpu: Gpu) -> str:
         expected = case("public", **problem, device=gpu.device)()
         calls = {"ours": "ours", "public": "public"} | ({"ours_bfloat16": "bfloat16"} if part == "inference" else {})
         for rival, name in calls.items():
-            tolerance = TOLERANCE.get((part, name), EXACT)
-            gpu.row(
-                rival,
-                problem,
-                lambda name=name, problem=problem: case(name, **problem, device=gpu.device),
-                check=lambda result, expected=expected, tolerance=tolerance: agree(result, expected, tolerance),
-            )
+            compare = partial(agree, expected=expected, tolerance=TOLERANCE.get((part, name), EXACT))
+            gpu.row(rival, problem, partial(case, name, **problem, device=gpu.device), check=compare)
     problem = {"part": "volume", "slices": 155, "size": 256}
     if gpu.rehearse:
         problem |= {"slices": 3, "size": 32}
     run, work = volume(**problem, device=gpu.device)
-    gpu.row("ours", problem, lambda: run, check=lambda result: torch.testing.assert_close(result, run()), work=work)
+
+    def repeats(result: Tensor) -> None:
+        torch.testing.assert_close(result, run())
+
+    gpu.row("ours", problem, lambda: run, check=repeats, work=work)
     return "ours"
 
 

@@ -215,15 +215,9 @@ def on_gpu(gpu: Gpu) -> str:
             for found, theirs in zip(result, expected, strict=True):
                 assert (found.float() - theirs.float()).norm() <= 2e-2 * theirs.float().norm()
 
+        work = Work(8 * size**2 * dim, 4 * size * dim * inputs[0].element_size())
         for rival, loss in rivals.items():
-            gpu.row(
-                rival,
-                problem,
-                lambda loss=loss, inputs=inputs: partial(step, loss, inputs),
-                check=compare,
-                graph=True,
-                work=Work(8 * size**2 * dim, 4 * size * dim * inputs[0].element_size()),
-            )
+            gpu.row(rival, problem, partial(partial, step, loss, inputs), check=compare, graph=True, work=work)
     for row in gpu.rows:
         row["tflops"] = round(1e-9 * row["operations"] / row["median_ms"], 2)
     return "triton"

@@ -386,16 +386,11 @@ def on_gpu(gpu: Gpu) -> str:
             agree(tuple(each.cpu() for each in result), expected)
 
         if problem["part"] == "epilogue":
-            inputs = [each.to(gpu.device) for each in gradients_and_cams(**sizes)]
-            read, written = sum(each.nbytes for each in inputs), 5 * problem["batch"] * problem["size"] ** 2
+            gradients, cams = (each.to(gpu.device) for each in gradients_and_cams(**sizes))
+            read, written = gradients.nbytes + cams.nbytes, 5 * problem["batch"] * problem["size"] ** 2
             for rival, impl in (("ours", "auto"), ("reference", "reference")):
-                gpu.row(
-                    rival,
-                    problem,
-                    lambda impl=impl, inputs=inputs: partial(ours_epilogue, *inputs, impl=impl),
-                    check=compare,
-                    work=Work(0, read + written),
-                )
+                prepare = partial(partial, ours_epilogue, gradients, cams, impl)
+                gpu.row(rival, problem, prepare, check=compare, work=Work(0, read + written))
             continue
         calls = {
             "ours": (OURS, False),
@@ -405,10 +400,5 @@ def on_gpu(gpu: Gpu) -> str:
         if not gpu.rehearse:
             calls["ours_graph"] = (OURS, True)
         for rival, (name, graph) in calls.items():
-            gpu.row(
-                rival,
-                problem,
-                lambda name=name, graph=graph, problem=problem: case(name, **problem, device=gpu.device, graph=graph),
-                check=compare,
-            )
+            gpu.row(rival, problem, partial(case, name, **problem, device=gpu.device, graph=graph), check=compare)
     return "ours"

@@ -15,6 +15,7 @@ import argparse
 import importlib
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -65,7 +66,12 @@ class Gpu:
         try:
             run = prepare()
             check(run())
-            row = {"rival": rival, "problem": problem, **self._memory(run), **self._times(run, graph=graph)}
+            row: dict[str, Any] = {
+                "rival": rival,
+                "problem": problem,
+                **self._memory(run),
+                **self._times(run, graph=graph),
+            }
             if work is not None:
                 rates = self.ceilings
                 least = max(work.operations / rates["operations_per_second"], work.bytes / rates["bytes_per_second"])
@@ -85,6 +91,7 @@ class Gpu:
         return {"extra_bytes": torch.cuda.max_memory_allocated() - before}
 
     def _times(self, run: Callable[[], Any], *, graph: bool) -> dict[str, float]:
+        quantiles: list[float]
         if self.device == "cpu":
             times = []
             for _ in range(2):
@@ -141,7 +148,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, small: shows that every row can run")
     given = parser.parse_args(arguments)
     if given.rehearse:
-        os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are first imported
+        if os.environ.get("TRITON_INTERPRET") != "1":  # which has to be set before Triton is imported, as it is by now
+            command = [sys.executable, "-m", "benchmarks", "gpu", *arguments]
+            return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
     elif not torch.cuda.is_available():
         raise BackendError("gpu: needs a CUDA device, and there is none; --rehearse runs the same rows on the CPU")
     # Rivals are compared in single precision, which convolutions on a GPU else are not in.

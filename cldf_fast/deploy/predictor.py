@@ -425,9 +425,7 @@ class Predictor:
             keep_probability=probability,
         )
         present, label_probability = study.result.present, study.result.label_probability
-        return PredictedCase(
-            study.stack.source, files, present, label_probability, foreground, study.doubts, study.ood
-        )
+        return PredictedCase(study.stack.source, files, present, label_probability, foreground, study.doubts, study.ood)
 
 
 def second_view(images: Floats, *, mirror: bool) -> Floats:
