@@ -66,7 +66,7 @@ def test_a_changed_result_changes_readme_and_page() -> None:
     readme = documents.README.read_text(encoding="utf-8")
     row = next(row for row in kept["infonce-cpu"]["rows"] if row.get("headline") and row["rival"] == "cpu")
     row["median_ms"] = 76543.0
-    assert "76543" in documents.readme(readme, kept, None)
+    assert "76543" in documents.readme(readme, kept, {})
     assert "76543 ±" in documents.page(kept)
 
 
