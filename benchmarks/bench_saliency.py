@@ -400,5 +400,8 @@ def on_gpu(gpu: Gpu) -> str:
         if not gpu.rehearse:
             calls["ours_graph"] = (OURS, True)
         for rival, (name, graph) in calls.items():
+            if (reason := BENCHMARK.gap(rival)) is not None:
+                gpu.gaps[rival] = reason
+                continue
             gpu.row(rival, problem, partial(case, name, **problem, device=gpu.device, graph=graph), check=compare)
     return "ours"

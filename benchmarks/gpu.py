@@ -39,7 +39,7 @@ STEMS = ("infonce", "anchors", "saliency", "features")
 class Gpu:
     """What measures the rows of one module.
 
-    device: "cuda", or "cpu" in a rehearsal, which wants small problems.
+    device: "cuda", or "cpu" in a rehearsal, which wants small problems. gaps: why a rival is not measured here.
     """
 
     def __init__(self, *, rehearse: bool = False) -> None:
@@ -47,6 +47,7 @@ class Gpu:
         self.device = "cpu" if rehearse else "cuda"
         self.rows: list[dict[str, Any]] = []
         self.failed: dict[str, str] = {}
+        self.gaps: dict[str, str] = {}
 
     def row(
         self,
@@ -134,7 +135,7 @@ class Gpu:
             "seed": SEED,
             "quick": self.rehearse,
             "ceilings": self.ceilings,
-            "gaps": {},
+            "gaps": self.gaps,
             "failed": self.failed,
             "rows": self.rows,
         }

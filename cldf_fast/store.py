@@ -179,7 +179,8 @@ def _encoded(block: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     block = block.float()
     scale = block.abs().amax(dim=(2, 3)).clamp_min(_SMALLEST) / _LIMITS[dtype]
     scaled = block / scale[:, :, None, None]
-    return (scaled if dtype.is_floating_point else scaled.round()).to(dtype).cpu(), scale.cpu()
+    values = (scaled if dtype.is_floating_point else scaled.round()).to(dtype)
+    return values.cpu().contiguous(), scale.cpu()
 
 
 def _image_digests(setting: str, x: Tensor, condition: Tensor | None) -> Iterator[str]:

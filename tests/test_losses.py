@@ -272,8 +272,9 @@ def worker(folder: Path, rank: int) -> None:
         own = embeddings[half * rank : half * (rank + 1)].clone().requires_grad_()
         loss = PixelInfoNCE(TEMPERATURE, variant)(own, labels[half * rank : half * (rank + 1)])
         loss.backward()
-        results[name] = (float(loss), own.grad)
+        results[name] = (float(loss.detach()), own.grad)
     torch.save(results, folder / f"rank{rank}.pt")
+    torch.distributed.barrier()  # nobody leaves while another still talks to it
     torch.distributed.destroy_process_group()
 
 
