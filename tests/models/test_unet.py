@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.public_layers import as_published
 from cldf_fast.errors import ConfigError
+from cldf_fast.models import layers
 from cldf_fast.models.conditions import label_condition, null_condition, num_conditions
 from cldf_fast.models.layers import AttentionBlock, ResBlock, timestep_embedding
 from cldf_fast.models.unet import UNet
@@ -32,6 +34,26 @@ def test_the_state_dict_is_that_of_the_published_checkpoint(name: str, layout: L
     with torch.device("meta"):
         unet = UNet(**arguments)
     assert layout(unet) == tuple(expected)
+
+
+def test_on_a_cpu_norms_are_one_operation_and_channels_lie_side_by_side(
+    randomised: Randomise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet, calls, fused = randomised(small_unet()).eval(), [], layers.ops.group_norm
+    monkeypatch.setattr(layers.ops, "group_norm", lambda *given, **options: calls.append(1) or fused(*given, **options))
+    x, times, condition = torch.randn(2, 2, 8, 8), torch.tensor([3.0, 500.0]), torch.tensor([0, 3])
+    last = len(unet.output_blocks) - 1
+    with torch.no_grad():
+        read = unet.decoder_features(x, times, condition, [last])[last]
+        assert read.is_contiguous(memory_format=torch.channels_last)
+        assert not read.is_contiguous()
+        found = unet.read_out(read)
+        assert len(calls) == sum(isinstance(module, nn.GroupNorm) for module in unet.modules())
+        # The same step by step, on planes.
+        expected = as_published(unet)(x, times, condition)
+        assert len(calls) == sum(isinstance(module, nn.GroupNorm) for module in unet.modules())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert found.std() > 0
 
 
 # --- Blocks against their equations, in float64 -----------------------------------------------------------------------
