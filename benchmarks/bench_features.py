@@ -14,9 +14,9 @@ rivals share weights, noise and decoder; but for ours and bfloat16 they run the 
     stacked     and all noise levels are one batch
     reading     and blocks stay at native size: the decoder's first layer comes before resizing (inference), or single
                 pixels are read (training)
-    ours        inference: and norm, scale, shift and SiLU are one operation, on channels side by side. training: once
-                for all steps: the network is frozen, so what anchors read is held, in half precision, and a step has
-                no UNet
+    ours        inference: and 3 x 3 convolutions are ours, with a quarter of the products, as are norm, scale, shift
+                and SiLU, one operation on channels side by side. training: once for all steps: the network is frozen,
+                so what anchors read is held, in half precision, and a step has no UNet
     bfloat16    inference: ours with convolutions and products in bfloat16
 """
 

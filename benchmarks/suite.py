@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from cldf_fast.ops import backend_report
 
@@ -99,6 +99,12 @@ def result_of(stem: str, rival: str, problem: Problem) -> Any:
 @lru_cache(maxsize=2)
 def _result_of(stem: str, rival: str, problem: str) -> Any:
     return load(stem).case(rival, **json.loads(problem))()
+
+
+@register_flop_formula([torch.ops.cldf_fast.conv3x3, torch.ops.cldf_fast.conv3x3_backward])
+def _direct_operations(x_shape: torch.Size, weight_shape: torch.Size, *_: Any, **_results: Any) -> int:
+    """Of the usual method: every weight meets every pixel. Winograd's products are a quarter of them."""
+    return 2 * x_shape[0] * x_shape[2:].numel() * weight_shape.numel()
 
 
 class _OperationCounter(TorchDispatchMode):

@@ -9,7 +9,7 @@ from cldf_fast.errors import ConfigError
 _CUDA_ROWS = 128
 # Arrays beyond 32 MB, such as 64 channels of so many pixels, glibc returns to the system when they are freed and takes
 # anew, page by page, which costs a CPU a fifth of a pass. Fewer pixels gain nothing, and a few rows wait for Python.
-_CPU_PIXELS = 2**17
+_CPU_VALUES = 2**23
 
 
 def check_max_batch(max_batch: int | None) -> int | None:
@@ -19,10 +19,11 @@ def check_max_batch(max_batch: int | None) -> int | None:
     return max_batch
 
 
-def split_rows(rows: Tensor, max_batch: int | None) -> tuple[Tensor, ...]:
+def split_rows(rows: Tensor, max_batch: int | None, *, width: int = 64) -> tuple[Tensor, ...]:
     """Rows [R, C, H, W] in parts as equal as can be, none longer than the bound.
 
-    max_batch: None is 128 rows on a GPU, and on a CPU as many as hold 2^17 pixels.
+    max_batch: None is 128 rows on a GPU, and on a CPU as many as hold 2^23 / width pixels. width: channels that a
+    network of the usual size makes of every pixel.
     """
-    fit = _CUDA_ROWS if rows.is_cuda else _CPU_PIXELS // max(1, rows.shape[2] * rows.shape[3])
+    fit = _CUDA_ROWS if rows.is_cuda else _CPU_VALUES // width // max(1, rows.shape[2] * rows.shape[3])
     return rows.chunk(max(1, -(-len(rows) // (max_batch or max(1, fit)))))

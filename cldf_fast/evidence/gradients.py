@@ -50,7 +50,7 @@ class ClassifierSaliency:
     multi_label: classes are independent (sigmoid); otherwise the logits compete (softmax).
     reduce, percentile, sigma: see `ops.gradient_saliency`. draws: noise draws for each level.
     max_batch: bound on the rows of one pass, which bounds memory; results do not depend on it. None: 128 rows on a
-        GPU; on a CPU as many as hold 2^17 pixels.
+        GPU; on a CPU as many as hold 2^18 pixels.
     dtype: torch.bfloat16 computes under autocast; float32 in the precision of the images and of the classifier.
     cuda_graph: capture a pass for each shape at its first use, and replay it. Needs a CUDA device and a classifier
         without host synchronisation, whose parameters stay where they are (their values may change in place).
@@ -115,7 +115,7 @@ class ClassifierSaliency:
             raise ConfigError(f"cuda_graph: expected images on a CUDA device, got {describe(x)}; set cuda_graph=False")
         # Autograd must work although the caller may be in inference mode, where all else of a prediction belongs.
         with torch.inference_mode(False), _frozen(self.classifier):
-            parts = [self._evidence(images) for images in split_rows(x, self.max_batch)]
+            parts = [self._evidence(images) for images in self._split(x)]
         return Evidence(
             torch.cat([part.gradient_map for part in parts]),
             torch.cat([part.cam for part in parts]),
@@ -127,10 +127,13 @@ class ClassifierSaliency:
         """The `Evidence.probability` of images x, without the backward passes."""
         check_tensor("x", x, "floating", ("B", "C", "H", "W"))
         parts = []
-        for images in split_rows(x, self.max_batch):
+        for images in self._split(x):
             logits = [self._classify(*rows) for rows in self._passes(images)]
             parts.append(self._mean_probability(torch.cat(logits)))
         return torch.cat(parts)
+
+    def _split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return split_rows(rows, self.max_batch, width=32)
 
     def _passes(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """(x_t, timesteps) of every pass over images x; the rows are level after level."""
@@ -138,7 +141,7 @@ class ClassifierSaliency:
             alpha_bar, timesteps = self.levels
             self._levels[x.device] = alpha_bar.to(x.device), timesteps.to(x.device)
         alpha_bar, timesteps = self._levels[x.device]
-        noised = split_rows(noised_batch(x, alpha_bar, pixel_seed(x)), self.max_batch)
+        noised = self._split(noised_batch(x, alpha_bar, pixel_seed(x)))
         times = timesteps.repeat_interleave(len(x))
         return zip(noised, times.split([len(rows) for rows in noised]), strict=True)
 

@@ -11,6 +11,7 @@ from cldf_fast.errors import ConfigError
 from cldf_fast.models.layers import (
     AttentionBlock,
     AttentionPool,
+    Conv3x3,
     Downsample,
     EmbedSequential,
     ResBlock,
@@ -71,7 +72,7 @@ class NoiseAwareClassifier(nn.Module):
 
         channels = int(channel_mult[0] * model_channels)
         widths = [channels]
-        blocks: list[nn.Module] = [EmbedSequential(nn.Conv2d(in_channels, channels, 3, padding=1))]
+        blocks: list[nn.Module] = [EmbedSequential(Conv3x3(in_channels, channels))]
         self.block_downsample = [1]
         """Downsampling factor of what each of input_blocks returns."""
         for level, mult in enumerate(channel_mult):

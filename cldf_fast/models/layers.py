@@ -34,6 +34,35 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
+class Conv3x3(nn.Conv2d):
+    """A 3 x 3 convolution that keeps the image's size; on the CPU by `ops.conv3x3`.
+
+    Compilers and exporters get PyTorch's. So do narrow layers and small images, where transforming tiles and weights
+    takes longer than the products that it saves. How many images there are does not matter, so that an image's result
+    never depends on its batch.
+    """
+
+    _LEAST_CHANNELS = 16
+    _LEAST_PIXELS = 64
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The convolution of x [B, C, H, W], plus residual [B, C', H, W]."""
+        if (
+            x.device.type == "cpu"
+            and x.dtype == self.weight.dtype == torch.float32
+            and min(self.in_channels, self.out_channels) >= self._LEAST_CHANNELS
+            and x.shape[2] * x.shape[3] >= self._LEAST_PIXELS
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+        ):
+            return ops.conv3x3(x, self.weight, self.bias, residual=residual)
+        out = super().forward(x)
+        return out if residual is None else residual + out
+
+
 def normed(
     norm: nn.Module, x: Tensor, *, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = True
 ) -> Tensor:
@@ -86,7 +115,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -123,13 +152,13 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.resample = resample
-        self.in_layers = nn.Sequential(group_norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.in_layers = nn.Sequential(group_norm(channels), nn.SiLU(), Conv3x3(channels, out_channels))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, (2 if scale_shift else 1) * out_channels))
         self.out_layers = nn.Sequential(
             group_norm(out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
-            zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            zero_init(Conv3x3(out_channels, out_channels)),
         )
         self.skip_connection: nn.Module = (
             nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
@@ -150,7 +179,7 @@ class ResBlock(nn.Module):
             h = normed(norm, h, scale=scale, shift=shift)
         else:
             h = normed(norm, h + added[:, :, None, None])
-        return self.skip_connection(self._resized(x)) + conv(dropout(h))
+        return conv(dropout(h), self.skip_connection(self._resized(x)))
 
 
 class AttentionBlock(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cldf_fast.errors import ConfigError
 from cldf_fast.models.layers import (
     AttentionBlock,
+    Conv3x3,
     Downsample,
     EmbedSequential,
     ResBlock,
@@ -79,7 +80,7 @@ class UNet(nn.Module):
             self.label_emb = nn.Embedding(num_classes, embedding)
 
         channels = widths[0]
-        blocks: list[nn.Module] = [EmbedSequential(nn.Conv2d(in_channels * patch_size**2, channels, 3, padding=1))]
+        blocks: list[nn.Module] = [EmbedSequential(Conv3x3(in_channels * patch_size**2, channels))]
         skips = [channels]
         for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
@@ -130,7 +131,7 @@ class UNet(nn.Module):
         self.out = nn.Sequential(
             group_norm(channels),
             nn.SiLU(),
-            zero_init(nn.Conv2d(channels, self.out_channels * patch_size**2, 3, padding=1)),
+            zero_init(Conv3x3(channels, self.out_channels * patch_size**2)),
         )
 
     def embed(self, timesteps: Tensor, condition: Tensor | None) -> Tensor:

@@ -332,7 +332,18 @@ def fuse_evidence(gradient_map: Tensor, cam: Tensor, image_label: Tensor, thresh
     return torch.where(claimed.any(dim=1), winner, labels).to(torch.int8)
 
 
-# --- Between convolutions ---------------------------------------------------------------------------------------------
+# --- Convolutions and what is between them ----------------------------------------------------------------------------
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """See `ops.conv3x3`."""
+    out = F.conv2d(x, weight, bias, padding=1)
+    return (out if residual is None else out + residual).contiguous(memory_format=torch.channels_last)
+
+
+def conv3x3_backward(grad: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of x: the convolution that goes back from the results to the values they were made of."""
+    return F.conv_transpose2d(grad, weight, padding=1).contiguous(memory_format=torch.channels_last)
 
 
 def group_norm(

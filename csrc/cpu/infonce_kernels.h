@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "factor.h"
+
 namespace cldf_fast {
 
 // Anchors that are processed together: widths of tiles are multiples of it.
@@ -15,12 +17,6 @@ struct Columns {
   int64_t stride, rows;
   const int32_t* row_class;
   const int32_t* lane_class;  // [kGroup]
-};
-
-// A factor of a matrix product in any layout.
-struct Factor {
-  const float* values;
-  int64_t row_stride, depth_stride;
 };
 
 struct InfonceKernels {

@@ -30,6 +30,8 @@ typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
 constexpr int64_t kDoubles = kLanes / 2;
 typedef double Doubles __attribute__((vector_size(kDoubles * sizeof(double))));
 
+CLDF_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 CLDF_INLINE Floats broadcast(float value) { return value - Floats{}; }
 
 CLDF_INLINE Floats load(const float* from) {

@@ -207,7 +207,7 @@ def test_no_gradient_of_a_parameter_is_computed_and_flags_come_back(classifier: 
 
 
 def test_an_unbounded_batch_stays_in_the_cache_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "_CPU_PIXELS", 4 * 12 * 8)
+    monkeypatch.setattr(passes, "_CPU_VALUES", 32 * 4 * 12 * 8)
     rows: list[int] = []
 
     def counting(x: Tensor, _timesteps: Tensor) -> Tensor:

@@ -56,6 +56,27 @@ def test_on_a_cpu_norms_are_one_operation_and_channels_lie_side_by_side(
     assert found.std() > 0
 
 
+def test_on_a_cpu_wide_convolutions_are_our_operation(randomised: Randomise, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet, calls, ours = randomised(UNet(2, 16, channel_mult=(1, 2), num_classes=4)).eval(), [], layers.ops.conv3x3
+    monkeypatch.setattr(layers.ops, "conv3x3", lambda *given, **options: calls.append(1) or ours(*given, **options))
+    x, times, condition = torch.randn(2, 2, 16, 16), torch.tensor([3.0, 500.0]), torch.tensor([0, 3])
+    wide = [
+        module
+        for module in unet.modules()
+        if isinstance(module, layers.Conv3x3) and min(module.in_channels, module.out_channels) >= 16
+    ]
+    with torch.no_grad():
+        found = unet(x, times, condition)
+        assert len(calls) == len(wide) > 10
+        expected = as_published(unet)(x, times, condition)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        with torch.autocast("cpu", torch.bfloat16):
+            unet(x, times, condition)
+        torch.export.export(unet, (x, times, condition))
+        unet(x[:, :, :8, :8], times, condition)  # whose last level has 4 x 4 pixels
+    assert len(calls) == 2 * len(wide) - sum(min(m.in_channels, m.out_channels) >= 32 for m in wide)
+
+
 # --- Blocks against their equations, in float64 -----------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from torch.library import opcheck
 from cldf_fast.errors import BackendError, ConfigError, DataError
 from cldf_fast.ops import backend_report, group_norm
 from tests.ops.again import run_again
+from tests.ops.gradients import with_gradients
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 SHAPES = [  # B, C, H, W, groups
@@ -56,10 +57,6 @@ def drawn(
     )
     sizes = {"weight": (channels,), "bias": (channels,), "scale": (batch, channels), "shift": (batch, channels)}
     return x.requires_grad_(), {name: torch.randn(sizes[name]).requires_grad_() for name in names}
-
-
-def with_gradients(result: Tensor, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
-    return [result.detach(), *torch.autograd.grad(result, inputs, grad.to(result.dtype))]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 
 #include "../infonce_kernels.h"
 
+#include "product.h"
 #include "vector_math.h"
 
 namespace cldf_fast::CLDF_ISA {
@@ -16,69 +17,6 @@ constexpr int64_t kFloatRows = 128;
 // Vectors that a pass over a tile takes along: with their sums and whatever an exponential needs they fill the
 // registers.
 constexpr int64_t kWide = 4;
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// --- Matrix product -------------------------------------------------------------------------------------------------
-
-// A product's block in registers: as many accumulators as leave room for a row of y and a value of x.
-#if defined(__AVX512F__)
-constexpr int kBlockRows = 6, kBlockVectors = 4;
-#elif defined(__AVX2__)
-constexpr int kBlockRows = 6, kBlockVectors = 2;
-#else
-constexpr int kBlockRows = 4, kBlockVectors = 2;
-#endif
-
-template <int kRows, int kVectors>
-CLDF_INLINE void multiply_block(const Factor& x, const float* y, int64_t y_stride, float* out, int64_t out_stride,
-                                int64_t depth, bool add) {
-  Floats sum[kRows][kVectors];
-  for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = add ? load(out + r * out_stride + v * kLanes) : Floats{};
-  for (int64_t k = 0; k < depth; ++k) {
-    Floats right[kVectors];
-    for (int v = 0; v < kVectors; ++v) right[v] = load(y + k * y_stride + v * kLanes);
-    for (int r = 0; r < kRows; ++r) {
-      const Floats left = broadcast(x.values[r * x.row_stride + k * x.depth_stride]);
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += left * right[v];
-    }
-  }
-  for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) store(out + r * out_stride + v * kLanes, sum[r][v]);
-}
-
-// The last rows, fewer than a block has.
-template <int kRows, int kVectors>
-CLDF_INLINE void multiply_rest(const Factor& x, const float* y, int64_t y_stride, float* out, int64_t out_stride,
-                               int64_t rows, int64_t depth, bool add) {
-  if constexpr (kRows > 0) {
-    if (rows == kRows)
-      multiply_block<kRows, kVectors>(x, y, y_stride, out, out_stride, depth, add);
-    else
-      multiply_rest<kRows - 1, kVectors>(x, y, y_stride, out, out_stride, rows, depth, add);
-  }
-}
-
-template <int kVectors>
-void multiply_lanes(const Factor& x, const float* y, int64_t y_stride, float* out, int64_t out_stride, int64_t rows,
-                    int64_t depth, bool add) {
-  int64_t row = 0;
-  const auto at = [&](int64_t r) { return Factor{x.values + r * x.row_stride, x.row_stride, x.depth_stride}; };
-  for (; row + kBlockRows <= rows; row += kBlockRows)
-    multiply_block<kBlockRows, kVectors>(at(row), y, y_stride, out + row * out_stride, out_stride, depth, add);
-  multiply_rest<kBlockRows - 1, kVectors>(at(row), y, y_stride, out + row * out_stride, out_stride, rows - row, depth,
-                                          add);
-}
-
-void multiply(const Factor& x, const float* y, int64_t y_stride, float* out, int64_t out_stride, int64_t rows,
-              int64_t depth, int64_t lanes, bool add) {
-  int64_t lane = 0;
-  for (; lane + kBlockVectors * kLanes <= lanes; lane += kBlockVectors * kLanes)
-    multiply_lanes<kBlockVectors>(x, y + lane, y_stride, out + lane, out_stride, rows, depth, add);
-  for (; lane < lanes; lane += kLanes)
-    multiply_lanes<1>(x, y + lane, y_stride, out + lane, out_stride, rows, depth, add);
-}
 
 // --- Passes ---------------------------------------------------------------------------------------------------------
 

@@ -3,33 +3,11 @@
 
 #include "../norm_kernels.h"
 
+#include "lanes.h"
 #include "vector_math.h"
 
 namespace cldf_fast::CLDF_ISA {
 namespace {
-
-// Lanes that are in use: all of them, or the first few. only: 0 in the others.
-struct All {
-  CLDF_INLINE Floats load(const float* from) const { return CLDF_ISA::load(from); }
-  CLDF_INLINE void store(float* to, Floats values) const { CLDF_ISA::store(to, values); }
-  CLDF_INLINE Floats only(Floats values) const { return values; }
-};
-
-struct Some {
-  int64_t count;
-
-  CLDF_INLINE Floats load(const float* from) const {
-    Floats values{};
-    std::memcpy(&values, from, count * sizeof(float));
-    return values;
-  }
-  CLDF_INLINE void store(float* to, Floats values) const { std::memcpy(to, &values, count * sizeof(float)); }
-  CLDF_INLINE Floats only(Floats values) const {
-    float lanes[kLanes];
-    CLDF_ISA::store(lanes, values);
-    return load(lanes);
-  }
-};
 
 // Vectors that share their channels: the first one's place in the slab, how many follow and how far apart, and where
 // the channels' coefficients are.
