@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cldf_fast import ops
 
 Convolution = TypeVar("Convolution", nn.Conv1d, nn.Conv2d)
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -34,12 +35,17 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
+def _ours(x: Tensor, weight: Tensor) -> bool:
+    """Whether the operations for the CPU serve; compilers and exporters get PyTorch's, and fuse in their own way."""
+    return x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not torch.compiler.is_compiling()
+
+
 class Conv3x3(nn.Conv2d):
     """A 3 x 3 convolution that keeps the image's size; on the CPU by `ops.conv3x3`.
 
-    Compilers and exporters get PyTorch's. So do narrow layers and small images, where transforming tiles and weights
-    takes longer than the products that it saves. How many images there are does not matter, so that an image's result
-    never depends on its batch.
+    Narrow layers and small images are left to PyTorch: there, transforming tiles and weights takes longer than the
+    products that it saves. How many images there are does not matter, so that an image's result never depends on its
+    batch.
     """
 
     _LEAST_CHANNELS = 16
@@ -51,16 +57,46 @@ class Conv3x3(nn.Conv2d):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The convolution of x [B, C, H, W], plus residual [B, C', H, W]."""
         if (
-            x.device.type == "cpu"
-            and x.dtype == self.weight.dtype == torch.float32
+            x.ndim == 4
             and min(self.in_channels, self.out_channels) >= self._LEAST_CHANNELS
             and x.shape[2] * x.shape[3] >= self._LEAST_PIXELS
             and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
+            and _ours(x, self.weight)
         ):
             return ops.conv3x3(x, self.weight, self.bias, residual=residual)
         out = super().forward(x)
         return out if residual is None else residual + out
+
+
+class GroupNorm2d(nn.GroupNorm):
+    """A group norm; of images on the CPU by `ops.group_norm`, in whatever layout they come."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 4 and x.numel() and _ours(x, self.weight):
+            return ops.group_norm(x, self.num_groups, self.weight, self.bias, eps=self.eps)
+        return super().forward(x)
+
+
+def accelerate(network: Network) -> Network:
+    """Let 3 x 3 convolutions and group norms of any network run by this package's operations on a CPU; returns it.
+
+    In place, and only what is exactly an `nn.Conv2d` or an `nn.GroupNorm`: parameters, keys and hooks stay, results
+    differ by rounding. For float32 networks of other libraries, such as MONAI's and diffusers' UNets; this package's
+    own have such layers.
+    """
+    for module in network.modules():
+        if (
+            type(module) is nn.Conv2d
+            and module.kernel_size == (3, 3)
+            and module.stride == module.dilation == (1, 1)
+            and module.padding in ((1, 1), "same")
+            and module.padding_mode == "zeros"
+            and module.groups == 1
+        ):
+            module.__class__ = Conv3x3
+        elif type(module) is nn.GroupNorm and module.affine:
+            module.__class__ = GroupNorm2d
+    return network
 
 
 def normed(
@@ -68,10 +104,9 @@ def normed(
 ) -> Tensor:
     """What `norm` makes of x [B, C, H, W], scaled by 1 + scale and shifted ([B, C] each), through SiLU.
 
-    On the CPU in one operation. Compilers and exporters get the steps, which they fuse in their own way.
+    On the CPU in one operation.
     """
-    fused = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
-    if fused and type(norm) is nn.GroupNorm and norm.weight.dtype == x.dtype:
+    if type(norm) is nn.GroupNorm and _ours(x, norm.weight):
         return ops.group_norm(
             x, norm.num_groups, norm.weight, norm.bias, scale=scale, shift=shift, silu=silu, eps=norm.eps
         )

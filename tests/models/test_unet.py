@@ -77,6 +77,33 @@ def test_on_a_cpu_wide_convolutions_are_our_operation(randomised: Randomise, mon
     assert len(calls) == 2 * len(wide) - sum(min(m.in_channels, m.out_channels) >= 32 for m in wide)
 
 
+def test_any_network_gets_our_layers() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(2, 32, 3, padding=1),
+        nn.GroupNorm(4, 32),
+        nn.Conv2d(32, 24, 3, padding="same"),
+        nn.Conv2d(24, 24, 3, padding=1, groups=2),
+        nn.Conv2d(24, 24, 3, padding=1, stride=2),
+        nn.Conv2d(24, 16, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(16, 16, 3, padding=2, dilation=2),
+        nn.GroupNorm(4, 16, affine=False),
+        nn.Conv2d(16, 16, 3),
+        nn.Conv2d(16, 16, 1),
+    ).requires_grad_(False)
+    x, keys = torch.randn(3, 2, 20, 18, requires_grad=True), list(network.state_dict())
+    expected = network(x)
+    grad = torch.randn_like(expected)
+    (expected_gradient,) = torch.autograd.grad(expected, x, grad)
+    assert layers.accelerate(network) is network
+    swapped = [i for i, module in enumerate(network) if isinstance(module, layers.Conv3x3 | layers.GroupNorm2d)]
+    assert swapped == [0, 1, 2]
+    assert list(network.state_dict()) == keys
+    torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(network(x), x, grad)[0], expected_gradient, rtol=1e-4, atol=1e-4)
+    vectors = layers.accelerate(nn.Sequential(nn.GroupNorm(4, 16)))
+    assert vectors(torch.randn(5, 16)).shape == (5, 16)
+
+
 # --- Blocks against their equations, in float64 -----------------------------------------------------------------------
 
 
