@@ -49,6 +49,9 @@ _SHARED = (
     ("Modality", "modalities", "mixed_series"),
     ("FrameOfReferenceUID", "frames of reference", "mixed_frames_of_reference"),
 )
+# Those of images. Any other is "OT", DICOM's own code for other: no text of a header gets out.
+_MODALITIES = ("BI", "CR", "CT", "DX", "ES", "GM", "IO", "IVUS", "MG", "MR", "NM", "OCT", "OP", "OPT", "PT", "PX", "RF",
+    "RG", "SM", "US", "XA", "XC")  # fmt: skip
 _MUST_BE_THERE = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID")
 
 # SNOMED CT codes as (value, meaning).
@@ -92,6 +95,12 @@ class DicomSeries:
     files: tuple[Path, ...] = field(repr=False)
     headers: tuple[Any, ...] = field(repr=False)
     warnings: tuple[InputWarning, ...] = ()
+
+    @property
+    def modality(self) -> str | None:
+        """One of DICOM's codes for images, "OT" for others; None where the headers lack it."""
+        stated = self.headers[0].get("Modality")
+        return None if not stated else stated if stated in _MODALITIES else "OT"
 
     def load(self) -> Array:
         """The voxels float32 [S, 1, H, W], rescaled slice by slice, MONOCHROME1 inverted."""

@@ -48,6 +48,11 @@ class ImageFiles:
         return Geometry()
 
     @property
+    def modality(self) -> None:
+        """Not known."""
+        return None
+
+    @property
     def slice_ranks(self) -> tuple[int, ...]:
         """Slices are in the order of the files."""
         return tuple(range(len(self.files)))

@@ -46,6 +46,7 @@ class NiftiFile:
     header: Any = field(repr=False)
     warnings: tuple[InputWarning, ...] = ()
     slice_ranks: None = None
+    modality: None = None
 
     def load(self) -> Array:
         """The voxels [S, C, H, W] in canonical orientation, scl_slope and scl_inter applied."""

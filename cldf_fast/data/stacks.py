@@ -56,6 +56,11 @@ class Origin(Protocol):
         """What is doubtful about the files, by their headers."""
         ...
 
+    @property
+    def modality(self) -> str | None:
+        """DICOM's code, e.g. "CT"; None where the headers do not say."""
+        ...
+
     def load(self) -> Array:
         """The voxels [S, C, H, W] in the stored units and a type that holds them exactly."""
         ...
@@ -72,7 +77,8 @@ class Stack:
     image: float32 [S, C, H, W], stored units after rescale slope and intercept, finite, not constant.
     geometry: (slice, row, column) to RAS+ mm; not physical for PNG and TIFF. slice_names: S names, unique.
     source: the file or folder to name in errors. origin: what `write_mask` needs to undo the reading.
-    warnings: what is doubtful about the input, though it is used.
+    warnings: what is doubtful about the input, though it is used. modalities: DICOM's codes, e.g. "CT", that headers
+    name.
     """
 
     image: Floats
@@ -81,6 +87,7 @@ class Stack:
     source: Path
     origin: Origin = field(repr=False)
     warnings: tuple[InputWarning, ...] = ()
+    modalities: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,8 @@ def read_stack(path: str | Path | Sequence[str | Path], *, channels_last: bool =
         raise DataError(
             f"{selection.source}: the image is constant; repair or remove this study", code="constant_image"
         )
-    return Stack(image, origin.geometry, origin.slice_names, selection.source, origin, origin.warnings)
+    modalities = () if origin.modality is None else (origin.modality,)
+    return Stack(image, origin.geometry, origin.slice_names, selection.source, origin, origin.warnings, modalities)
 
 
 def read_channels(paths: Sequence[str | Path]) -> Stack:
@@ -148,7 +156,8 @@ def read_channels(paths: Sequence[str | Path]) -> Stack:
         _check_affine_like(other.geometry, other.source, first)
     image = np.concatenate([stack.image for stack in stacks], axis=1)
     warnings = tuple(warning for stack in stacks for warning in stack.warnings)
-    return replace(first, image=image, warnings=warnings)
+    modalities = tuple(dict.fromkeys(modality for stack in stacks for modality in stack.modalities))
+    return replace(first, image=image, warnings=warnings, modalities=modalities)
 
 
 def count_slices(path: str | Path | Sequence[str | Path]) -> int:
