@@ -77,11 +77,19 @@ class ImageFiles:
                 )
         return np.stack(slices)
 
-    def write(self, mask: Array, probability: Array | None, class_names: Sequence[str], out: Path) -> list[Path]:
+    def write(
+        self,
+        mask: Array,
+        probability: Array | None,
+        class_names: Sequence[str],
+        out: Path,
+        *,
+        unlike_training: bool = False,
+    ) -> list[Path]:
         """Write `<slice>_mask.<ext>` (8 bits, class indices with a palette) for every slice.
 
         A probability goes to `<slice>_probability.<ext>`, of several classes to `<slice>_<class>_probability.<ext>`:
-        16-bit grey PNG with 65535 for 1, or float32 TIFF.
+        16-bit grey PNG with 65535 for 1, or float32 TIFF. unlike_training: not said in images.
         """
         from PIL import Image
 

@@ -65,8 +65,19 @@ class Origin(Protocol):
         """The voxels [S, C, H, W] in the stored units and a type that holds them exactly."""
         ...
 
-    def write(self, mask: Array, probability: Array | None, class_names: Sequence[str], out: Path) -> list[Path]:
-        """Write uint8 [S, H, W] and float32 [S, K, H, W] or None to the folder `out`; the files written."""
+    def write(
+        self,
+        mask: Array,
+        probability: Array | None,
+        class_names: Sequence[str],
+        out: Path,
+        *,
+        unlike_training: bool = False,
+    ) -> list[Path]:
+        """Write uint8 [S, H, W] and float32 [S, K, H, W] or None to the folder `out`; the files written.
+
+        unlike_training: whether the files should warn that the image is unlike those trained on, if they can.
+        """
         ...
 
 
@@ -206,11 +217,13 @@ def write_mask(
     *,
     class_names: Sequence[str],
     probability: Floats | None = None,
+    unlike_training: bool = False,
 ) -> list[Path]:
     """Write a mask in the format, orientation and geometry of the stack's own files.
 
     mask: uint8 [S, H, W], 0 background, k for class_names[k - 1]. out: folder, made if missing; never the input's
-    own. probability: float [S, K, H, W] in [0, 1], optional.
+    own. probability: float [S, K, H, W] in [0, 1], optional. unlike_training: a DICOM SEG warns, in ContentDescription
+    and SeriesDescription, that the image is unlike those that the networks were trained on.
     NIfTI: `<case>_mask.nii.gz`, same affine, qform, sform and codes; `<case>_probability.nii.gz`, float32, classes
     along the 4th axis. PNG, TIFF: `<slice>_mask.<ext>`, palette; `<slice>[_<class>]_probability.<ext>`, 16-bit PNG or
     float TIFF. DICOM: `<case>_mask.dcm`, BINARY SEG; `<case>_probability.dcm`, FRACTIONAL SEG.
@@ -236,7 +249,7 @@ def write_mask(
     out = Path(out)
     check_output_folder(stack, out)
     values = None if probability is None else probability.astype(np.float32, copy=False)
-    return stack.origin.write(mask, values, tuple(class_names), out)
+    return stack.origin.write(mask, values, tuple(class_names), out, unlike_training=unlike_training)
 
 
 def check_output_folder(stack: Stack, out: Path) -> None:

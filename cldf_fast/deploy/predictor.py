@@ -119,6 +119,12 @@ class SegmentedStudy:
     doubts: tuple[InputWarning, ...]
     ood: unlike.Judgement | None
 
+    @property
+    def unlike_training(self) -> bool:
+        """Whether it is warned of, by its score or by its modality."""
+        warned = self.ood is not None and self.ood.status == "warn"
+        return warned or any(doubt.code == "other_modality" for doubt in self.doubts)
+
 
 @dataclass(frozen=True)
 class PredictedCase:
@@ -433,6 +439,7 @@ class Predictor:
             Path(out),
             class_names=self.load().class_names,
             keep_probability=probability,
+            unlike_training=study.unlike_training,
         )
         present, label_probability = study.result.present, study.result.label_probability
         return PredictedCase(study.stack.source, files, present, label_probability, foreground, study.doubts, study.ood)

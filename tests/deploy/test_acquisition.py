@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -22,6 +23,7 @@ from cldf_fast.data.stacks import read_stack
 from cldf_fast.deploy import export as exporting
 from cldf_fast.deploy.acquisition import Acquisition
 from cldf_fast.deploy.manifest import seal
+from cldf_fast.deploy.ood import Judgement
 from cldf_fast.deploy.prediction import Outcome, predict
 from cldf_fast.deploy.predictor import Predictor
 from cldf_fast.errors import DataError, IntegrityError
@@ -113,6 +115,53 @@ def test_each_channel_counts(series: Callable[..., str]) -> None:
     for modality, other in (("MR", "CT"), ("CT", "MR")):
         (doubt,) = Acquisition(modality).doubts(stack, 16)
         assert f"modality {other} by its headers" in str(doubt)
+
+
+# What a SEG says of it
+
+
+def descriptions(folder: Path, found: Sequence[str | Path]) -> set[str]:
+    """Of content and series, in all the files."""
+    headers = [pydicom.dcmread(folder / file) for file in found]
+    assert len(headers) == 2
+    assert {header.ContentQualification for header in headers} == {"RESEARCH"}
+    return {text for header in headers for text in (header.ContentDescription, header.SeriesDescription)}
+
+
+@pytest.mark.parametrize(
+    ("status", "modality", "ood", "warned"),
+    [
+        ("accept", "CT", "warn", False),
+        ("warn", "CT", "warn", True),
+        ("warn", "CT", "refuse", True),
+        ("refuse", "CT", "warn", True),
+        ("refuse", "CT", "accept", False),
+        (None, "CT", "warn", False),
+        (None, "MR", "warn", True),
+        ("accept", "MR", "warn", True),
+    ],
+)
+def test_a_seg_says_that_it_was_warned_of(
+    tmp_path: Path,
+    series: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    status: str | None,
+    modality: str,
+    ood: str,
+    warned: bool,
+) -> None:
+    judgement = None if status is None else Judgement(status, {"intensity": 3.0}, {"intensity": 1.0}, {})
+    monkeypatch.setattr(Predictor, "judge", lambda *_: judgement)
+    engine = write_bright_engine(tmp_path / "engine", acquisition={"modality": modality, "pixel_mm": None})
+    (found,) = predict(Predictor(engine, threads=1), [series()], tmp_path / "out", ood=ood, probability=True)
+    assert found.reason == ""
+    (text,) = descriptions(tmp_path / "out", found.files)
+    assert ("unlike training images" in text) == warned
+    assert text.startswith("Research only, not")
+    assert "diagnostic" in text
+    assert len(text) <= 64  # the standard's most
+    case = Predictor(engine, threads=1).predict(series(), tmp_path / "alone", ood=ood, probability=True)
+    assert descriptions(tmp_path, case.files) == {text}
 
 
 # Pixel size
