@@ -127,11 +127,12 @@ def write_case(
     *,
     class_names: Sequence[str],
     keep_probability: bool = False,
+    unlike_training: bool = False,
 ) -> tuple[list[Path], int]:
     """Bring a network's result to the stack's own size and write the mask (see `stacks.write_mask`) to `out`.
 
     probability: float32 [S, K + 1, h, w] at the working size, background first, summing to 1. present: bool [S, K].
-    keep_probability: also write the class probabilities.
+    keep_probability: also write the class probabilities. unlike_training: as `stacks.write_mask` takes it.
     Returns the files written and the number of foreground pixels.
     """
     size = stack.image.shape[2], stack.image.shape[3]
@@ -149,5 +150,6 @@ def write_case(
         out,
         class_names=class_names,
         probability=np.concatenate(probabilities) if keep_probability else None,
+        unlike_training=unlike_training,
     )
     return files, int(np.count_nonzero(mask))

@@ -239,17 +239,36 @@ def export(
         bool, typer.Option("--evidence/--without-evidence", help="Refuse, or leave out, what gradients decide.")
     ] = True,
     sign: Annotated[Path | None, typer.Option(help="Ed25519 private key (PEM) to sign the manifest with.")] = None,
+    public_key: Annotated[
+        Path | None,
+        typer.Option(
+            help="Ed25519 public key (PEM) that an engine directory must be signed by (triton-server, monai-bundle)."
+        ),
+    ] = None,
 ) -> None:
     """Write a sealed engine directory that `verify` and `predict` take; it passed parity with PyTorch.
 
     triton-server and monai-bundle write a model repository of Triton Inference Server, and a MONAI bundle, around one.
     """
+    from cldf_fast.errors import ConfigError
+
     if format_ in (ExportFormat.triton_server, ExportFormat.monai_bundle):
         made_before = {"--capability": capability, "--data": data, "--window": window, "--sign": sign}
         _export_for_server(
-            run, out, format_, precision, backend, batch, [name for name, value in made_before.items() if value]
+            run,
+            out,
+            format_,
+            precision,
+            backend,
+            batch,
+            public_key,
+            [name for name, value in made_before.items() if value],
         )
         return
+    if public_key is not None:
+        raise ConfigError(
+            f"--public-key: not for --format {format_.value}, which writes an engine directory; sign it with --sign"
+        )
     from cldf_fast.deploy.export import Target, export
     from cldf_fast.deploy.tensorrt import Batches
     from cldf_fast.run import Run
@@ -494,6 +513,7 @@ def _export_for_server(
     precisions: list[str] | None,
     backend: str,
     batch: str,
+    public_key: Path | None,
     out_of_place: list[str],
 ) -> None:
     from cldf_fast.deploy.manifest import MANIFEST
@@ -512,11 +532,14 @@ def _export_for_server(
         )
     precision = precisions[0] if precisions else None
     if format_ is ExportFormat.monai_bundle:
-        write_monai_bundle(engine, out, precision=precision)
+        write_monai_bundle(engine, out, precision=precision, public_key=public_key)
     else:
         batches = Batches(*parse_batches(batch))
-        write_triton_repository(engine, out, precision=precision, backend=backend, batches=batches)
-    typer.echo(f"{out}: {format_.value} of {engine}")
+        write_triton_repository(
+            engine, out, precision=precision, backend=backend, batches=batches, public_key=public_key
+        )
+    signature = "signature checked" if public_key else "no public key given, so that nobody vouches for it"
+    typer.echo(f"{out}: {format_.value} of {engine}; {signature}")
 
 
 def parse_overrides(texts: list[str]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ REFUSALS = {
     "constant_image": "The same value everywhere, in the file or within the window.",
     "wrong_channels": "Another number of channels than the network takes.",
     "input_folder": "Masks would be written into the input's own folder.",
+    "wrong_modality": "DICOM of another Modality than the training images, which --ood refuse does not let pass.",
     "output_name_taken": "The mask of another study of the same run has the name.",
     "unlike_training": "Further from the images that the networks were trained on than --ood allows.",
     "non_finite_result": "The network gave NaN or infinity.",
@@ -57,6 +58,8 @@ WARNINGS = {
     "derived_image": "DICOM images that were computed from others (ImageType DERIVED).",
     "equal_channels": "Two channels hold the same image: a sequence is missing or given twice.",
     "constant_channel": "One of several channels is the same value everywhere.",
+    "other_modality": "DICOM of another Modality than the training images.",
+    "other_pixel_size": "Pixels, as networks see them, twice as large as any of the training images, or half as large.",
     "implausible_intensities": "Nearly nothing lies within the window, or all of it in a small part: other units?",
 }
 """Why an input is doubtful though used: the codes of an InputWarning. `cldf-fast predict` writes them likewise."""

@@ -84,6 +84,7 @@ class SliceDataset(Dataset[Slice]):
     channel_names: declared order of the C channels.
     window: (low, high) in stored units for modalities with an absolute unit (CT: Hounsfield); None: robust per study.
     min_area: a slice is labelled with a class where more than this fraction of its pixels are of it (0: any pixel).
+    modality: DICOM's code of what all studies are, e.g. "MR"; None where the data set does not tell.
     """
 
     intensity_range = intensity.INTENSITY_RANGE
@@ -96,6 +97,7 @@ class SliceDataset(Dataset[Slice]):
         *,
         window: tuple[float, float] | None = None,
         min_area: float = 0.0,
+        modality: str | None = None,
     ) -> None:
         if not refs:
             raise DataError("dataset: expected at least one study, found none")
@@ -109,6 +111,7 @@ class SliceDataset(Dataset[Slice]):
         self.channel_names = tuple(channel_names)
         self.window = window
         self.min_area = min_area
+        self.modality = modality
         self._starts = np.cumsum([0] + [ref.num_slices for ref in self.refs])
         self._study = self._study_cache()
 
@@ -154,8 +157,18 @@ class SliceDataset(Dataset[Slice]):
         if unknown:
             raise DataError(f"subjects: {unknown[0]!r} is not in the dataset ({len(unknown)} unknown in all)")
         wanted = set(subjects)
-        refs = [ref for ref in self.refs if ref.subject in wanted]
-        return SliceDataset(refs, self.class_names, self.channel_names, window=self.window, min_area=self.min_area)
+        return self.subset([ref for ref in self.refs if ref.subject in wanted])
+
+    def subset(self, refs: Sequence[StudyRef]) -> SliceDataset:
+        """The same dataset with these of its studies only."""
+        return SliceDataset(
+            refs,
+            self.class_names,
+            self.channel_names,
+            window=self.window,
+            min_area=self.min_area,
+            modality=self.modality,
+        )
 
     def _study_cache(self) -> Callable[[int], tuple[Study, Tensor, Tensor | None]]:
         return lru_cache(maxsize=_STUDIES_IN_MEMORY)(self._read)

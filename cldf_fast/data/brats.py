@@ -100,7 +100,7 @@ def brats(
         subject = re.sub(naming.timepoint, "", case.name)
         read = partial(_read_study, case, subject, images, seg, start, stop)
         refs.append(StudyRef(case.name, subject, stop - start, read))
-    return SliceDataset(refs, CLASS_NAMES, tuple(modalities), min_area=min_area)
+    return SliceDataset(refs, CLASS_NAMES, tuple(modalities), min_area=min_area, modality="MR")
 
 
 def _find_cases(folder: Path, depth: int) -> Iterator[tuple[Path, _Naming]]:

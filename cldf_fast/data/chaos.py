@@ -29,7 +29,8 @@ _INVALID = 255
 class _Layout:
     """Where a modality lies and what its masks hold.
 
-    folder: between the patient and DICOM_anon. phases: folders below DICOM_anon, one a channel.
+    top: folder and DICOM's code of the modality. folder: between the patient and DICOM_anon. phases: folders below
+    DICOM_anon, one a channel.
     greys: (lowest, highest, class) of the PNG grey values; 0 is background and all else is an error.
     """
 
@@ -97,7 +98,13 @@ def chaos(root: str | Path, *, modality: str | None = None, window: tuple[float,
                 )
         read = partial(_read_study, patient, layout, series, masks)
         refs.append(StudyRef(patient.name, patient.name, len(masks), read))
-    return SliceDataset(refs, layout.class_names, layout.channel_names, window=window or layout.window)
+    return SliceDataset(
+        refs,
+        layout.class_names,
+        layout.channel_names,
+        window=window or layout.window,
+        modality=layout.top,
+    )
 
 
 def _find_patients(root: Path, layout: _Layout) -> list[Path]:

@@ -31,7 +31,9 @@ _POSITION_MM, _POSITION_SHARE = 0.01, 0.01
 _COSINE = 1e-3
 # OHIF misplaces segments whose empty frames are omitted; beyond this many frames size matters more.
 _MAX_EMPTY_FRAMES = 500
+# At most 64 characters, as the standard has it.
 _NOT_DIAGNOSTIC = "Research only, not to be used for diagnostic purposes"
+_UNLIKE_TRAINING = "Research only, not diagnostic. Warning: unlike training images"
 # The SEG needs these of its source; anonymised files often lack them, and the standard allows them to be empty.
 _MAY_BE_EMPTY = (
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
@@ -49,6 +51,9 @@ _SHARED = (
     ("Modality", "modalities", "mixed_series"),
     ("FrameOfReferenceUID", "frames of reference", "mixed_frames_of_reference"),
 )
+# Those of images. Any other is "OT", DICOM's own code for other: no text of a header gets out.
+_MODALITIES = ("BI", "CR", "CT", "DX", "ES", "GM", "IO", "IVUS", "MG", "MR", "NM", "OCT", "OP", "OPT", "PT", "PX", "RF",
+    "RG", "SM", "US", "XA", "XC")  # fmt: skip
 _MUST_BE_THERE = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID")
 
 # SNOMED CT codes as (value, meaning).
@@ -93,6 +98,12 @@ class DicomSeries:
     headers: tuple[Any, ...] = field(repr=False)
     warnings: tuple[InputWarning, ...] = ()
 
+    @property
+    def modality(self) -> str | None:
+        """One of DICOM's codes for images, "OT" for others; None where the headers lack it."""
+        stated = self.headers[0].get("Modality")
+        return None if not stated else stated if stated in _MODALITIES else "OT"
+
     def load(self) -> Array:
         """The voxels float32 [S, 1, H, W], rescaled slice by slice, MONOCHROME1 inverted."""
         stored = np.empty(self.reorientation.shape, dtype=np.float32)
@@ -100,9 +111,18 @@ class DicomSeries:
             stored[index] = _pixels(path, stored.shape[1:])
         return self.reorientation.apply(stored)[:, None]
 
-    def write(self, mask: Array, probability: Array | None, class_names: Sequence[str], out: Path) -> list[Path]:
+    def write(
+        self,
+        mask: Array,
+        probability: Array | None,
+        class_names: Sequence[str],
+        out: Path,
+        *,
+        unlike_training: bool = False,
+    ) -> list[Path]:
         """Write `<case>_mask.dcm` (BINARY DICOM SEG) and `<case>_probability.dcm` (FRACTIONAL DICOM SEG).
 
+        unlike_training: whether their descriptions, which viewers show, warn of that.
         Raises BackendError where highdicom is not installed, DataError where the source lacks the UIDs to refer to.
         """
         from pydicom.config import disable_value_validation
@@ -117,8 +137,9 @@ class DicomSeries:
             warnings.simplefilter("ignore")
             try:
                 sources = [self._source(index) for index in range(len(self.files))]
+                description = _UNLIKE_TRAINING if unlike_training else _NOT_DIAGNOSTIC
                 for number, (path, stored, kind) in enumerate(outputs):
-                    segmentation = _segmentation(highdicom, sources, stored, kind, class_names, number)
+                    segmentation = _segmentation(highdicom, sources, stored, kind, class_names, number, description)
                     with atomic_write(path) as temporary:
                         segmentation.save_as(temporary)
             except (DataError, OSError):
@@ -383,11 +404,12 @@ def _segmentation(
     kind: str,
     class_names: Sequence[str],
     number: int,
+    description: str,
 ) -> Any:
     """A DICOM SEG of one segment a class.
 
     stored: uint8 [S, H, W] class values, or float [S, H, W, K] probabilities.
-    number: tells the series that are written of one source apart.
+    number: tells the series that are written of one source apart. description: of content and series.
 
     highdicom pairs frame i with source i without looking at positions: both must be in the order of the positions.
     """
@@ -406,8 +428,8 @@ def _segmentation(
         software_versions=__version__,
         device_serial_number="0",
         content_label="CLDF_FAST",
-        content_description=_NOT_DIAGNOSTIC,
-        series_description=_NOT_DIAGNOSTIC,
+        content_description=description,
+        series_description=description,
         omit_empty_frames=len(sources) * len(segments) > _MAX_EMPTY_FRAMES,
     )
     segmentation.ContentQualification = "RESEARCH"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +26,12 @@ _MASK_MODES = (*_GREY, "P")
 _EXIF_ORIENTATION = 274
 # More than any detector has; memory is taken by what headers say.
 _MAX_SIDE = 2**14
-_BITS_PER_SAMPLE = 258
+_BITS_PER_SAMPLE, _PLANAR_CONFIGURATION = 258, 284
+_SAMPLES_PER_PIXEL = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by PNG's colour type
+# Where the passes of an interlaced PNG begin, (across, down), and their steps; of one that isn't, the only pass.
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+_ONE_PASS = ((0, 0, 1, 1),)
+_CHUNK = 1 << 20
 # Colours of classes 1, 2, ... in masks, repeated when they run out: red, green, blue, yellow, magenta, cyan.
 _COLOURS = ((230, 60, 50), (60, 180, 75), (65, 105, 225), (255, 210, 40), (200, 60, 200), (70, 220, 220))
 
@@ -48,6 +55,11 @@ class ImageFiles:
         return Geometry()
 
     @property
+    def modality(self) -> None:
+        """Not known."""
+        return None
+
+    @property
     def slice_ranks(self) -> tuple[int, ...]:
         """Slices are in the order of the files."""
         return tuple(range(len(self.files)))
@@ -65,11 +77,19 @@ class ImageFiles:
                 )
         return np.stack(slices)
 
-    def write(self, mask: Array, probability: Array | None, class_names: Sequence[str], out: Path) -> list[Path]:
+    def write(
+        self,
+        mask: Array,
+        probability: Array | None,
+        class_names: Sequence[str],
+        out: Path,
+        *,
+        unlike_training: bool = False,
+    ) -> list[Path]:
         """Write `<slice>_mask.<ext>` (8 bits, class indices with a palette) for every slice.
 
         A probability goes to `<slice>_probability.<ext>`, of several classes to `<slice>_<class>_probability.<ext>`:
-        16-bit grey PNG with 65535 for 1, or float32 TIFF.
+        16-bit grey PNG with 65535 for 1, or float32 TIFF. unlike_training: not said in images.
         """
         from PIL import Image
 
@@ -116,6 +136,8 @@ def _read(path: Path, expected: str, mask: bool) -> Array:
             _check_file(image, path, expected, mask)
             image.load()
             pixels = np.asarray(image)
+        if expected == "PNG":
+            _check_png_size(path)
     except DataError:
         raise
     except Exception as error:  # decoders raise errors of a dozen unrelated types on damaged bytes
@@ -158,6 +180,63 @@ def _check_file(image: Any, path: Path, expected: str, mask: bool) -> None:
             f"save it with 8 bits, or as 16-bit grey",
             code="bit_depth",
         )
+    if expected == "TIFF":
+        _check_tiles(image, path)
+
+
+def _check_tiles(image: Any, path: Path) -> None:
+    """Pillow leaves what no strip or tile of a TIFF covers at 0 without a word; libtiff, of those compressed, doesn't.
+
+    image: not loaded yet.
+    """
+    separate = image.tile[0][0] != "libtiff" and image.tag_v2.get(_PLANAR_CONFIGURATION) == 2
+    planes = len(image.getbands()) if separate else 1
+    covered = sum((right - left) * (bottom - top) for _, (left, top, right, bottom), *_ in image.tile)
+    if covered < planes * image.width * image.height:
+        raise _lacking(path, "TIFF", covered, planes * image.width * image.height, "pixels")
+
+
+def _check_png_size(path: Path) -> None:
+    """Pillow leaves rows at 0 without a word where the compressed data, whole in itself, ends before they do."""
+    data = path.read_bytes()
+    width, height, bits, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+    expected = 0
+    for left, top, across, down in _ADAM7 if interlaced else _ONE_PASS:
+        columns, rows = -((left - width) // across), -((top - height) // down)
+        if columns > 0 and rows > 0:
+            # One byte of each row tells its filter.
+            expected += rows * (1 + -(-columns * bits * _SAMPLES_PER_PIXEL[colour] // 8))
+    found = _unpacked_size(_compressed(data), expected)
+    if found != expected:
+        raise _lacking(path, "PNG", found, expected, "bytes")
+
+
+def _compressed(png: bytes) -> bytes:
+    """The content of a PNG's IDAT chunks, which is one stream."""
+    parts, place = [], 8
+    while place < len(png):
+        (size,) = struct.unpack_from(">I", png, place)
+        if png[place + 4 : place + 8] == b"IDAT":
+            parts.append(png[place + 8 : place + 8 + size])
+        place += size + 12
+    return b"".join(parts)
+
+
+def _unpacked_size(stream: bytes, most: int) -> int:
+    """How many bytes a zlib stream unpacks to; counted to little more than `most`, since a few can hold very many."""
+    unpacker, size = zlib.decompressobj(), 0
+    while stream and size <= most and not unpacker.eof:
+        size += len(unpacker.decompress(stream, _CHUNK))
+        stream = unpacker.unconsumed_tail
+    return size
+
+
+def _lacking(path: Path, form: str, found: int, expected: int, unit: str) -> DataError:
+    return DataError(
+        f"{path}: corrupt {form} file: the header calls for {expected} {unit}, the file holds {found}"
+        f"{' or more' if found > expected else ''}; copy or export it again",
+        code="corrupt_file",
+    )
 
 
 def _bits_per_sample(image: Any, path: Path) -> int:

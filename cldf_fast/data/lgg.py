@@ -48,7 +48,7 @@ def lgg(root: str | Path) -> SliceDataset:
         patient = study.name.rpartition("_")[0]
         subject = first_study.setdefault(patient, study.name)
         refs.append(StudyRef(study.name, subject, len(images), partial(_read_study, study, subject, images, masks)))
-    return SliceDataset(refs, CLASS_NAMES, CHANNEL_NAMES)
+    return SliceDataset(refs, CLASS_NAMES, CHANNEL_NAMES, modality="MR")
 
 
 def _list_slices(study: Path) -> tuple[list[Path], list[Path]]:

@@ -46,6 +46,7 @@ class NiftiFile:
     header: Any = field(repr=False)
     warnings: tuple[InputWarning, ...] = ()
     slice_ranks: None = None
+    modality: None = None
 
     def load(self) -> Array:
         """The voxels [S, C, H, W] in canonical orientation, scl_slope and scl_inter applied."""
@@ -73,8 +74,19 @@ class NiftiFile:
         data.seek(0)
         return data
 
-    def write(self, mask: Array, probability: Array | None, class_names: Sequence[str], out: Path) -> list[Path]:
-        """Write `<case>_mask.nii.gz` (uint8) and `<case>_probability.nii.gz` (float32, classes along the 4th axis)."""
+    def write(
+        self,
+        mask: Array,
+        probability: Array | None,
+        class_names: Sequence[str],
+        out: Path,
+        *,
+        unlike_training: bool = False,
+    ) -> list[Path]:
+        """Write `<case>_mask.nii.gz` (uint8) and `<case>_probability.nii.gz` (float32, classes along the 4th axis).
+
+        unlike_training: not said in NIfTI.
+        """
         outputs = [(out / f"{self.case}_mask.nii.gz", self.reorientation.undo(mask))]
         if probability is not None:
             stored = self.reorientation.undo(np.moveaxis(probability, 1, 3))

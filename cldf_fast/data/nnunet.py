@@ -36,7 +36,9 @@ def nnunet(root: str | Path, *, window: tuple[float, float] | None = None, min_a
         images = _case_images(root / "imagesTr", case, ending, len(channels))
         read = partial(_read_study, case, images, label, len(classes))
         refs.append(StudyRef(case, case, count_slices(images[0]), read))
-    return SliceDataset(refs, classes, channels, window=window, min_area=min_area)
+    # The one channel name that nnU-Net itself gives a meaning.
+    modality = "CT" if {channel.upper() for channel in channels} == {"CT"} else None
+    return SliceDataset(refs, classes, channels, window=window, min_area=min_area, modality=modality)
 
 
 def _read_description(path: Path) -> tuple[tuple[str, ...], tuple[str, ...], str, int]:

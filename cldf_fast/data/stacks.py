@@ -56,12 +56,28 @@ class Origin(Protocol):
         """What is doubtful about the files, by their headers."""
         ...
 
+    @property
+    def modality(self) -> str | None:
+        """DICOM's code, e.g. "CT"; None where the headers do not say."""
+        ...
+
     def load(self) -> Array:
         """The voxels [S, C, H, W] in the stored units and a type that holds them exactly."""
         ...
 
-    def write(self, mask: Array, probability: Array | None, class_names: Sequence[str], out: Path) -> list[Path]:
-        """Write uint8 [S, H, W] and float32 [S, K, H, W] or None to the folder `out`; the files written."""
+    def write(
+        self,
+        mask: Array,
+        probability: Array | None,
+        class_names: Sequence[str],
+        out: Path,
+        *,
+        unlike_training: bool = False,
+    ) -> list[Path]:
+        """Write uint8 [S, H, W] and float32 [S, K, H, W] or None to the folder `out`; the files written.
+
+        unlike_training: whether the files should warn that the image is unlike those trained on, if they can.
+        """
         ...
 
 
@@ -72,7 +88,8 @@ class Stack:
     image: float32 [S, C, H, W], stored units after rescale slope and intercept, finite, not constant.
     geometry: (slice, row, column) to RAS+ mm; not physical for PNG and TIFF. slice_names: S names, unique.
     source: the file or folder to name in errors. origin: what `write_mask` needs to undo the reading.
-    warnings: what is doubtful about the input, though it is used.
+    warnings: what is doubtful about the input, though it is used. modalities: DICOM's codes, e.g. "CT", that headers
+    name.
     """
 
     image: Floats
@@ -81,6 +98,7 @@ class Stack:
     source: Path
     origin: Origin = field(repr=False)
     warnings: tuple[InputWarning, ...] = ()
+    modalities: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,7 +143,8 @@ def read_stack(path: str | Path | Sequence[str | Path], *, channels_last: bool =
         raise DataError(
             f"{selection.source}: the image is constant; repair or remove this study", code="constant_image"
         )
-    return Stack(image, origin.geometry, origin.slice_names, selection.source, origin, origin.warnings)
+    modalities = () if origin.modality is None else (origin.modality,)
+    return Stack(image, origin.geometry, origin.slice_names, selection.source, origin, origin.warnings, modalities)
 
 
 def read_channels(paths: Sequence[str | Path]) -> Stack:
@@ -148,7 +167,8 @@ def read_channels(paths: Sequence[str | Path]) -> Stack:
         _check_affine_like(other.geometry, other.source, first)
     image = np.concatenate([stack.image for stack in stacks], axis=1)
     warnings = tuple(warning for stack in stacks for warning in stack.warnings)
-    return replace(first, image=image, warnings=warnings)
+    modalities = tuple(dict.fromkeys(modality for stack in stacks for modality in stack.modalities))
+    return replace(first, image=image, warnings=warnings, modalities=modalities)
 
 
 def count_slices(path: str | Path | Sequence[str | Path]) -> int:
@@ -197,11 +217,13 @@ def write_mask(
     *,
     class_names: Sequence[str],
     probability: Floats | None = None,
+    unlike_training: bool = False,
 ) -> list[Path]:
     """Write a mask in the format, orientation and geometry of the stack's own files.
 
     mask: uint8 [S, H, W], 0 background, k for class_names[k - 1]. out: folder, made if missing; never the input's
-    own. probability: float [S, K, H, W] in [0, 1], optional.
+    own. probability: float [S, K, H, W] in [0, 1], optional. unlike_training: a DICOM SEG warns, in ContentDescription
+    and SeriesDescription, that the image is unlike those that the networks were trained on.
     NIfTI: `<case>_mask.nii.gz`, same affine, qform, sform and codes; `<case>_probability.nii.gz`, float32, classes
     along the 4th axis. PNG, TIFF: `<slice>_mask.<ext>`, palette; `<slice>[_<class>]_probability.<ext>`, 16-bit PNG or
     float TIFF. DICOM: `<case>_mask.dcm`, BINARY SEG; `<case>_probability.dcm`, FRACTIONAL SEG.
@@ -227,7 +249,7 @@ def write_mask(
     out = Path(out)
     check_output_folder(stack, out)
     values = None if probability is None else probability.astype(np.float32, copy=False)
-    return stack.origin.write(mask, values, tuple(class_names), out)
+    return stack.origin.write(mask, values, tuple(class_names), out, unlike_training=unlike_training)
 
 
 def check_output_folder(stack: Stack, out: Path) -> None:

@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from cldf_fast import __version__
 from cldf_fast.data.base import SliceDataset
-from cldf_fast.data.packing import pack
+from cldf_fast.data.packing import PackedSlices, pack
 from cldf_fast.deploy import ood, parity
+from cldf_fast.deploy.acquisition import Acquisition
 from cldf_fast.deploy.graph import BottleneckGraph, LabelGraph, SegmentationGraph
 from cldf_fast.deploy.manifest import EngineKey, operating_system, seal
 from cldf_fast.deploy.model_card import Told, model_card
@@ -73,9 +74,10 @@ def export(
     """Write the engine directory `out`, which must not exist, and return the parity of every graph that ran.
 
     precisions: the first one is what predictors take by default. data: folder of the run's data set, for golden images
-    of its validation part, which travel with the directory, and for the score that tells studies unlike the training
-    images. Without (the phantom needs none), golden images are synthetic, and there is no such score. window: of the
-    intensities that the run was trained on, for modalities with an absolute unit.
+    of its validation part, which travel with the directory, for the score that tells studies unlike the training
+    images, and for their modality and pixel size. Without (the phantom needs none), golden images are synthetic, and
+    there is none of these. window: of the intensities that the run was trained on, for modalities with an absolute
+    unit.
     evidence: False exports a run whose decision weighs the image's gradient map, without that.
     Raises ConfigError for a run that can't be exported, ParityError where a graph differs from PyTorch, BackendError
     for a runtime that is absent. Nothing is left at `out` then.
@@ -98,15 +100,16 @@ def export(
         "labels": LabelGraph(cldf),
     }
     parts = open_parts(run.config(), data) if data is not None or run.config().data.dataset == "phantom" else None
-    detector = None
     if parts is not None and len(parts["val"].refs) > 1:
         graphs[BOTTLENECK] = BottleneckGraph(cldf)
-        detector = _fit_detector(graphs[BOTTLENECK], parts, cldf.config.data.size)
+    detector, acquisition = None, Acquisition()
+    if parts is not None:
+        detector, acquisition = _learn(parts, cldf.config.data.size, graphs.get(BOTTLENECK))
     images, names = golden_images(run, None if parts is None else parts["val"])
     partial = out.with_name(f".partial-{secrets.token_hex(4)}-{out.name}")
     partial.mkdir(parents=True)
     try:
-        _write_settings(partial, cldf, record, graphs, precisions, window)
+        _write_settings(partial, cldf, record, graphs, precisions, window, acquisition)
         if detector is not None:
             atomic_write_text(partial / ood.FILE, detector.to_json())
         _write_golden(partial, cldf, graphs, images, names)
@@ -114,7 +117,7 @@ def export(
         weights = _weights_digest(run)
         engines = _write_engines(partial, onnx, weights, target)
         card = partial / "MODEL_CARD.md"
-        told = Told(run, record, cldf.config, weights, engines, scored=detector is not None)
+        told = Told(run, record, cldf.config, weights, engines, acquisition, scored=detector is not None)
         atomic_write_text(card, model_card(told, []))
         seal(partial, engines=engines)
         measured = _check_parity(partial, precisions)
@@ -169,6 +172,7 @@ def _write_settings(
     graphs: Graphs,
     precisions: Sequence[str],
     window: tuple[float, float] | None,
+    acquisition: Acquisition,
 ) -> None:
     config = {
         "version": __version__,
@@ -184,25 +188,40 @@ def _write_settings(
         "channel_names": list(record.channel_names),
         "window": window,
         "pixel_range": [-1.0, 1.0],
+        "acquisition": acquisition.to_json(),
     }
     labels = {"class_names": list(record.class_names), "label_threshold": cldf.label_threshold.tolist()}
     for name, content in (("config", config), ("preprocessing", preprocessing), ("labels", labels)):
         atomic_write_text(folder / f"{name}.json", json.dumps(content, indent=2) + "\n")
 
 
-def _fit_detector(graph: nn.Module, parts: Mapping[str, SliceDataset], size: int) -> ood.Detector:
-    """From studies of the training part, spread evenly; thresholds from all of the validation part."""
+def _learn(
+    parts: Mapping[str, SliceDataset], size: int, graph: nn.Module | None
+) -> tuple[ood.Detector | None, Acquisition]:
+    """From studies of the training part, spread evenly; the score's thresholds from all of the validation part.
 
-    def features(part: SliceDataset, most: int) -> list[ood.Features]:
-        read: list[ood.Features] = []
-        for index in ood.spread(len(part.refs), most):
-            study = SliceDataset([part.refs[index]], part.class_names, part.channel_names, window=part.window)
-            images = pack(study, size).images
-            images = images[torch.from_numpy(ood.spread(len(images)))]
-            read.append({"intensity": ood.intensity_features(images.numpy()), BOTTLENECK: _bottleneck(graph, images)})
-        return read
+    graph: of the bottleneck; None: no score.
+    """
+    grids, train = [], []
+    for study in _studies(parts["train"], size, _FIT_STUDIES):
+        grids.append((study.geometries[0], study.sizes[0]))
+        if graph is not None:
+            train.append(_features(graph, study))
+    acquisition = Acquisition.of(parts["train"].modality, grids, size)
+    if graph is None:
+        return None, acquisition
+    val = [_features(graph, study) for study in _studies(parts["val"], size, len(parts["val"].refs))]
+    return ood.Detector.fit(train, val), acquisition
 
-    return ood.Detector.fit(features(parts["train"], _FIT_STUDIES), features(parts["val"], len(parts["val"].refs)))
+
+def _studies(part: SliceDataset, size: int, most: int) -> Iterator[PackedSlices]:
+    for index in ood.spread(len(part.refs), most):
+        yield pack(part.subset([part.refs[index]]), size)
+
+
+def _features(graph: nn.Module, study: PackedSlices) -> ood.Features:
+    images = study.images[torch.from_numpy(ood.spread(len(study)))]
+    return {"intensity": ood.intensity_features(images.numpy()), BOTTLENECK: _bottleneck(graph, images)}
 
 
 def _bottleneck(graph: nn.Module, images: Tensor) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Any
 
 from cldf_fast import __version__
 from cldf_fast.config import Config
+from cldf_fast.deploy.acquisition import Acquisition
 from cldf_fast.deploy.manifest import EngineKey
 from cldf_fast.deploy.parity import Parity
 from cldf_fast.deploy.predictor import RESEARCH_USE
@@ -23,7 +24,7 @@ _MISSING = "not known: `cldf-fast evaluate` was not run before the export"
 class Told:
     """What the card is about: the run, its configuration as exported, and the engines by path.
 
-    scored: whether there is a score of how unlike the training images a study is.
+    acquisition: of the training images. scored: whether there is a score of how unlike the training images a study is.
     """
 
     run: Run
@@ -31,6 +32,7 @@ class Told:
     config: Config
     weights_sha256: str
     engines: Mapping[str, EngineKey]
+    acquisition: Acquisition
     scored: bool
 
 
@@ -64,6 +66,8 @@ def model_card(told: Told, measured: Sequence[Parity]) -> str:
         f"Data set `{config.data.dataset}`: {parts['train']} patients to train, {parts['val']} to choose settings, "
         f"{parts['test']} to test, apart from each other. Its licence and terms bind users of the weights.",
         "",
+        *_acquisition(told),
+        "",
         "## Results on the test patients",
         "",
         *_results(run),
@@ -90,6 +94,21 @@ def model_card(told: Told, measured: Sequence[Parity]) -> str:
         ),
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _acquisition(told: Told) -> list[str]:
+    """A line a property that is checked, or why it is not."""
+    size, modality, pixel_mm = told.config.data.size, told.acquisition.modality, told.acquisition.pixel_mm
+    unknown = "not known: the data set does not tell, or was not at hand at the export. Nothing checks it."
+    return [
+        f"- Modality: {unknown}"
+        if modality is None
+        else f"- Modality: {modality}. DICOM of another is warned of, or refused; other formats do not tell.",
+        f"- Pixel size: {unknown}"
+        if pixel_mm is None
+        else f"- Pixel size: {pixel_mm[0]:.3g} to {pixel_mm[1]:.3g} mm at {size} x {size} pixels. Pixels twice as "
+        f"large or half as large are warned of; PNG and TIFF do not tell.",
+    ]
 
 
 def _patients(run: Run) -> Mapping[str, Any]:

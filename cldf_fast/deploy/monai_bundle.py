@@ -105,7 +105,7 @@ def _metadata(sealed: SealedDirectory, settings: Settings) -> dict[str, Any]:
                 "image": {
                     "type": "image",
                     "format": "magnitude",
-                    "modality": "n/a",
+                    "modality": settings.acquisition.modality or "n/a",
                     "num_channels": len(settings.channel_names),
                     "value_range": [-1, 1],
                     "channel_def": {str(i): name for i, name in enumerate(settings.channel_names)},

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from cldf_fast import cases
 from cldf_fast.data.grid import Floats, Mask
 from cldf_fast.data.stacks import Stack
 from cldf_fast.deploy import ood as unlike
+from cldf_fast.deploy.acquisition import Acquisition
 from cldf_fast.deploy.manifest import SealedDirectory, open_sealed
 from cldf_fast.deploy.noise import pixel_seed, standard_normal
 from cldf_fast.deploy.runtime import OnnxSession, Session, in_batches
@@ -48,7 +49,8 @@ class Settings:
 
     size: working size S. views, levels: of the noise that each graph wants, by name. mirror: whether the second view is
     mirrored. window: of the intensities that it was trained on, or none. precisions: of the graphs that are there.
-    detector: of studies unlike the training images; None where the export had none at hand.
+    detector: of studies unlike the training images; None where the export had none at hand. acquisition: of the
+    training images, as far as it is known.
     """
 
     size: int
@@ -61,6 +63,7 @@ class Settings:
     levels: dict[str, int]
     precisions: tuple[str, ...]
     detector: unlike.Detector | None = None
+    acquisition: Acquisition = field(default_factory=Acquisition)
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -87,6 +90,7 @@ class Settings:
                 levels={name: int(config["graphs"][name]["levels"]) for name in graphs},
                 precisions=tuple(config["precisions"]),
                 detector=None if config["ood"] is None else unlike.Detector.of(sealed),
+                acquisition=Acquisition.from_json(preprocessing.get("acquisition")),
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise IntegrityError(
@@ -114,6 +118,12 @@ class SegmentedStudy:
     result: Result
     doubts: tuple[InputWarning, ...]
     ood: unlike.Judgement | None
+
+    @property
+    def unlike_training(self) -> bool:
+        """Whether it is warned of, by its score or by its modality."""
+        warned = self.ood is not None and self.ood.status == "warn"
+        return warned or any(doubt.code == "other_modality" for doubt in self.doubts)
 
 
 @dataclass(frozen=True)
@@ -377,7 +387,8 @@ class Predictor:
         source: a path (see `cases.read_case`) or what `read` returned. labels: names of the classes that are present in
         every slice, "all" or "none"; None: predicted slice by slice. window: (low, high) in stored units, in place of
         the directory's own. probability: also write the class probabilities. ood: "accept", "warn" or "refuse", the
-        most that happens to a study that is unlike the training images.
+        most that happens to a study that is unlike the training images by its score; a study of another modality is
+        refused with "refuse", and warned of without.
         Raises DataError for an input that can't be used, UnlikeTrainingError for one that is refused; nothing is
         written then.
         """
@@ -397,6 +408,10 @@ class Predictor:
         settings = self.load()
         stack = self.read(source) if isinstance(source, str) else source
         window = window or settings.window
+        unlike_acquired = tuple(settings.acquisition.doubts(stack, settings.size))
+        for doubt in unlike_acquired:
+            if doubt.code == "other_modality" and ood == "refuse":
+                raise DataError(f"{doubt}, or use --ood warn", code="wrong_modality")
         images = cases.working_images(stack, settings.size, window=window)
         judgement = self.judge(images)
         if judgement is not None:
@@ -412,7 +427,8 @@ class Predictor:
             text = labels if isinstance(labels, str) else ",".join(labels)
             given = np.repeat(cases.parse_labels(text, settings.class_names)[None], len(images), axis=0)
         result = self.segment(images, given, everywhere=probability)
-        return SegmentedStudy(stack, result, (*stack.warnings, *cases.window_doubts(stack, window)), judgement)
+        doubts = (*stack.warnings, *unlike_acquired, *cases.window_doubts(stack, window))
+        return SegmentedStudy(stack, result, doubts, judgement)
 
     def write(self, study: SegmentedStudy, out: str | Path, *, probability: bool = False) -> PredictedCase:
         """The part of `predict` that writes the files; other threads may use the predictor meanwhile."""
@@ -423,6 +439,7 @@ class Predictor:
             Path(out),
             class_names=self.load().class_names,
             keep_probability=probability,
+            unlike_training=study.unlike_training,
         )
         present, label_probability = study.result.present, study.result.label_probability
         return PredictedCase(study.stack.source, files, present, label_probability, foreground, study.doubts, study.ood)

@@ -38,7 +38,7 @@ def make_ref(name: str, subject: str, slices: int = 3, **changes: object) -> Stu
     return StudyRef(name, subject, slices, partial(make_study, name, subject, slices, **changes))
 
 
-def make_dataset(**options: float) -> SliceDataset:
+def make_dataset(**options: object) -> SliceDataset:
     refs = [make_ref("a", "p1", 3), make_ref("b", "p2", 1), make_ref("c", "p1", 4)]
     return SliceDataset(refs, ("lesion",), ("x", "y"), **options)  # type: ignore[arg-type]
 
@@ -92,12 +92,12 @@ def test_a_study_is_read_once_while_its_slices_are_drawn_in_order() -> None:
 
 
 def test_select_keeps_whole_patients_and_all_settings() -> None:
-    dataset = make_dataset(min_area=0.25)
+    dataset = make_dataset(min_area=0.25, window=(0.0, 9.0), modality="CT")
     assert dataset.subjects == ("p1", "p2")
     part = dataset.select(["p1"])
     assert part.subjects == ("p1",)
     assert {item.study for item in part} == {"a", "c"}
-    assert part.min_area == 0.25
+    assert (part.min_area, part.window, part.modality) == (0.25, (0.0, 9.0), "CT")
     assert (part.class_names, part.channel_names) == (dataset.class_names, dataset.channel_names)
 
 

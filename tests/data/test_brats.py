@@ -70,6 +70,7 @@ def test_every_naming_gives_the_same_slices(
     assert dataset.subjects == (subject,)
     assert dataset.channel_names == MODALITIES
     assert dataset.class_names == ("whole tumour",)
+    assert dataset.modality == "MR"
     study = dataset.refs[0].read()
     np.testing.assert_array_equal(study.image.numpy(), image)
     np.testing.assert_array_equal(study.mask.numpy(), labels > 0)

@@ -100,6 +100,7 @@ def test_ct_is_read_in_hounsfield_units_with_the_liver(tmp_path: Path) -> None:
     write_ct(tmp_path, "10", seed=4)
     dataset = open_dataset("chaos", tmp_path, modality="ct")
     assert (dataset.class_names, dataset.channel_names, dataset.window) == (("liver",), ("ct",), CT_WINDOW)
+    assert dataset.modality == "CT"
     assert dataset.subjects == ("10", "5")
     study = dataset.refs[1].read()
     np.testing.assert_array_equal(study.image[:, 0].numpy(), make_pixels(0) - 5.0)
@@ -133,7 +134,7 @@ def test_t1_dual_has_two_phases_and_four_organs(tmp_path: Path) -> None:
 def test_t2_spir_has_one_channel_and_the_upper_grey_values_are_the_same_organs(tmp_path: Path) -> None:
     write_mr(tmp_path)
     dataset = chaos(tmp_path / "MR", modality="t2spir")
-    assert (dataset.channel_names, dataset.class_names) == (("t2",), ORGANS)
+    assert (dataset.channel_names, dataset.class_names, dataset.modality) == (("t2",), ORGANS, "MR")
     study = dataset.refs[0].read()
     np.testing.assert_array_equal(study.image[:, 0].numpy(), make_pixels(2) - 5.0)
     np.testing.assert_array_equal(study.mask.numpy(), expected_classes())

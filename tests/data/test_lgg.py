@@ -55,6 +55,7 @@ def test_pixels_masks_and_labels_are_those_of_the_files_in_order_of_number(tmp_p
     assert dataset[9].mask.max() == 1
     assert dataset.class_names == ("tumour",)
     assert dataset.channel_names == ("pre-contrast", "flair", "post-contrast")
+    assert dataset.modality == "MR"
     assert not dataset[0].geometry.physical
 
 

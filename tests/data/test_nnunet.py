@@ -70,6 +70,14 @@ def test_volumes_are_read_with_the_names_of_the_description(root: Path) -> None:
     assert len({item.name for item in dataset}) == 6
 
 
+@pytest.mark.parametrize(("first", "modality"), [("CT", "CT"), ("ct", "CT"), ("MRI", None), ("CT w/ contrast", None)])
+def test_ct_is_the_one_channel_name_that_tells_the_modality(root: Path, first: str, modality: str | None) -> None:
+    describe(root, channel_names={"0": first, "1": first})
+    assert nnunet(root).modality == modality
+    describe(root, channel_names={"0": first, "1": "PET"})
+    assert nnunet(root).modality is None
+
+
 def test_window_and_area_rule_are_options(root: Path) -> None:
     dataset = nnunet(root, window=(0, 100), min_area=0.07)
     image, _ = make_case(1)

@@ -6,8 +6,11 @@ import ast
 import gzip
 import itertools
 import shutil
+import struct
 import sys
+import tracemalloc
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -809,16 +812,42 @@ def corrupt(path: Path) -> None:
 
 
 def sixteen_bit_colour(path: Path) -> None:
-    """Pillow can't write this PNG, and reads it as 8 bits: one row of one pixel, by hand."""
-    import struct
-    import zlib
+    """Pillow can't write this PNG, and reads it as 8 bits: one row of one pixel."""
+    save_png(path, bytes(7), 1, 1, bits=16, colour=2)
+
+
+def save_png(
+    path: Path, rows: bytes, height: int, width: int, *, bits: int = 8, colour: int = 0, interlaced: int = 0
+) -> Path:
+    """By hand: rows, each behind a byte of 0, in two IDAT chunks, under a header that need not fit."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
-    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(7))) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    packed = zlib.compress(rows)
+    chunks = [
+        chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, interlaced)),
+        chunk(b"IDAT", packed[:7]),
+        chunk(b"IDAT", packed[7:]),
+        chunk(b"IEND", b""),
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    return path
+
+
+def png_rows(pixels: Array) -> bytes:
+    return b"".join(b"\0" + row.tobytes() for row in pixels)
+
+
+def adam7(pixels: Array) -> bytes:
+    """The rows of an interlaced PNG, by the figure in its specification."""
+    figure = ["16462646", "77777777", "56565656", "77777777", "36463646", "77777777", "56565656", "77777777"]
+    height, width = pixels.shape[:2]
+    passes = np.tile([list(row) for row in figure], (5, 5))[:height, :width]
+    return b"".join(
+        png_rows([row[chosen] for row, chosen in zip(pixels, passes == number, strict=True) if chosen.any()])
+        for number in "1234567"
+    )
 
 
 @pytest.mark.parametrize(
@@ -845,6 +874,83 @@ def test_bad_image_is_refused_by_name(tmp_path: Path, damage: Callable[[Path], A
     with pytest.raises(DataError, match=message) as error:
         read_volume(tmp_path)
     assert str(tmp_path / "s_2.png") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "message"),
+    [
+        (6, 6, "the header calls for 42 bytes, the file holds 35; copy"),
+        (9999, 6, "the header calls for 69993 bytes, the file holds 35; copy"),
+        (4, 6, "the header calls for 28 bytes, the file holds 35 or more; copy"),
+        # Rows of 6 pixels read as rows of 3 or 4.
+        (5, 3, "the header calls for 20 bytes, the file holds 35 or more; copy"),
+        (8, 4, "the header calls for 40 bytes, the file holds 35; copy"),
+    ],
+)
+def test_a_png_whose_header_does_not_fit_its_rows_is_refused(
+    tmp_path: Path, height: int, width: int, message: str
+) -> None:
+    """Pillow takes it, with black rows for those that are missing."""
+    path = save_png(tmp_path / "a.png", png_rows(np.zeros((5, 6), np.uint8)), height, width)
+    with pytest.raises(DataError, match=rf"a\.png: corrupt PNG file: {message}") as error:
+        read_volume(path)
+    assert error.value.code == "corrupt_file"
+    with pytest.raises(DataError, match=message):
+        read_mask(path)
+
+
+def test_a_png_that_unpacks_to_more_than_it_should_takes_no_memory(tmp_path: Path) -> None:
+    rows = png_rows(np.arange(30, dtype=np.uint8).reshape(5, 6))
+    path = save_png(tmp_path / "a.png", rows + bytes(1 << 28), 5, 6)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"calls for 35 bytes, the file holds \d+ or more"):
+        read_volume(path)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 1 << 24
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 2), (5, 6), (3, 9), (8, 8), (17, 33), (33, 4)])
+@pytest.mark.parametrize("kind", ["8", "16", "bit", "RGB"])
+def test_sound_pngs_are_read_interlaced_or_not(
+    tmp_path: Path, rng: np.random.Generator, height: int, width: int, kind: str
+) -> None:
+    if kind == "RGB":
+        pixels, options = rng.integers(0, 256, (height, width, 3), np.uint8), {"colour": 2}
+    elif kind == "16":
+        pixels, options = rng.integers(0, 1 << 16, (height, width)).astype(">u2"), {"bits": 16}
+    else:
+        pixels, options = rng.integers(0, 256, (height, width), np.uint8), {}
+    rows = png_rows(pixels)
+    if kind == "bit":
+        pixels = rng.integers(0, 2, (height, width), np.uint8)
+        rows, options = png_rows(np.packbits(pixels, axis=1)), {"bits": 1}
+    path = save_png(tmp_path / "a.png", rows, height, width, **options)
+    np.testing.assert_array_equal(images._read(path, "PNG", False), np.moveaxis(np.atleast_3d(pixels), 2, 0))
+    if kind != "bit":  # where rows of a pass do not fill their bytes
+        path = save_png(tmp_path / "b.png", adam7(pixels), height, width, interlaced=1, **options)
+        np.testing.assert_array_equal(images._read(path, "PNG", False), np.moveaxis(np.atleast_3d(pixels), 2, 0))
+        save_png(path, adam7(pixels)[:-1], height, width, interlaced=1, **options)
+        with pytest.raises(DataError, match="corrupt PNG file"):
+            images._read(path, "PNG", False)
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_deflate"])
+def test_a_tiff_whose_strips_do_not_cover_it_is_refused(tmp_path: Path, compression: str | None) -> None:
+    """Uncompressed, Pillow takes it, with black rows for those that are missing."""
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.full((5, 6), 200, np.uint8)).save(path, compression=compression)
+    data = bytearray(path.read_bytes())
+    directory = struct.unpack_from("<I", data, 4)[0]
+    for entry in range(directory + 2, directory + 2 + 12 * struct.unpack_from("<H", data, directory)[0], 12):
+        if struct.unpack_from("<H", data, entry)[0] == 257:  # ImageLength
+            assert data[entry + 8] == 5
+            data[entry + 8] = 7
+    path.write_bytes(bytes(data))
+    message = "the header calls for 42 pixels, the file holds 30; copy" if compression is None else "corrupt TIFF file"
+    with pytest.raises(DataError, match=rf"a\.tif: .*{message}") as error:
+        read_volume(path)
+    assert error.value.code == "corrupt_file"
 
 
 def test_float_tiff_and_its_bad_values(tmp_path: Path, rng: np.random.Generator) -> None:

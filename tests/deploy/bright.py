@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,13 +15,19 @@ from cldf_fast.deploy.manifest import seal
 CLASSES = ("liver", "spleen")
 
 
-def write_bright_engine(folder: Path, *, size: int = 16, window: tuple[float, float] | None = None) -> Path:
+def write_bright_engine(
+    folder: Path,
+    *,
+    size: int = 16,
+    window: tuple[float, float] | None = None,
+    acquisition: dict[str, Any] | None = None,
+) -> Path:
     """Seal an engine directory for one channel, with masks of both classes in any image that isn't all dark."""
     folder.mkdir()
     for name, data in bright_models(size).items():
         (folder / f"{name}.float32.onnx").write_bytes(data)
     graph = {"views": 1, "levels": 1}
-    files = {
+    files: dict[str, dict[str, Any]] = {
         "config": {
             "mirror": False,
             "graphs": {"segmentation": graph, "labels": graph},
@@ -30,6 +37,8 @@ def write_bright_engine(folder: Path, *, size: int = 16, window: tuple[float, fl
         "preprocessing": {"size": size, "channel_names": ["grey"], "window": window},
         "labels": {"class_names": CLASSES, "label_threshold": [0.5, 0.5]},
     }
+    if acquisition is not None:  # which older directories lack
+        files["preprocessing"]["acquisition"] = acquisition
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     (folder / "MODEL_CARD.md").write_text("# Made by hand\n", encoding="utf-8")

@@ -188,7 +188,9 @@ REFUSED: list[tuple[str, Callable[[Path, np.random.Generator], Path]]] = [
     ("constant_image", of_nifti(with_value(2.0))),  # one voxel, which no grey value of tissue can be told from
     ("wrong_channels", of_image(lambda p: save_image(p, "RGB"))),
 ]
-ELSEWHERE = {"lossy_mask", "input_folder", "output_name_taken", "non_finite_result", "unlike_training"}
+ELSEWHERE = {
+    "lossy_mask", "input_folder", "output_name_taken", "non_finite_result", "unlike_training", "wrong_modality",
+}  # fmt: skip
 
 
 def test_every_refusal_is_shown() -> None:

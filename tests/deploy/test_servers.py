@@ -542,12 +542,39 @@ def test_neither_needs_torch_to_be_written(engine: Path, tmp_path: Path) -> None
     assert {each.name for each in tmp_path.iterdir()} == {"repository", "bundle"}
 
 
+@pytest.mark.parametrize("name", ["triton-server", "monai-bundle"])
+def test_the_command_checks_the_signature(
+    copied: Path, tmp_path: Path, keys: tuple[Path, Path], other_keys: tuple[Path, Path], name: str
+) -> None:
+    out = tmp_path / name
+    arguments = ["export", str(copied), "--format", name, "--out", str(out), "--public-key"]
+    result = runner.invoke(app, [*arguments, str(keys[1])])
+    assert isinstance(result.exception, IntegrityError)  # not signed at all
+    seal(copied, engines={}, signing_key=keys[0])
+    result = runner.invoke(app, [*arguments, str(other_keys[1])])
+    assert isinstance(result.exception, IntegrityError)
+    assert not out.exists()
+    result = runner.invoke(app, [*arguments, str(keys[1])])
+    assert result.exit_code == 0, result.output
+    assert "signature checked" in result.output
+    assert out.is_dir()
+
+
+def test_the_command_takes_no_public_key_for_what_it_seals(
+    engine: Path, tmp_path: Path, keys: tuple[Path, Path]
+) -> None:
+    result = runner.invoke(app, ["export", str(engine), "--out", str(tmp_path / "e"), "--public-key", str(keys[1])])
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception).startswith("--public-key: not for --format onnx, which writes an engine directory")
+
+
 def test_commands(engine: Path, tmp_path: Path) -> None:
     for name in ("triton-server", "monai-bundle"):
         out = str(tmp_path / name)
         options = ["--format", name, "--out", out, "--precision", "float16"]
         result = runner.invoke(app, ["export", str(engine), *options])
         assert result.exit_code == 0, result.output
+        assert "no public key given" in result.output
         result = runner.invoke(app, ["export", str(engine), *options, "--capability", "8.6"])
         assert isinstance(result.exception, ConfigError)
         assert str(result.exception).startswith(f"--capability: not for --format {name}")
