@@ -133,8 +133,8 @@ BENCHMARK = Benchmark(
 )
 
 
-def test_draw(benchmark: Any, rival: str, problem: Problem) -> None:
-    check(rival, problem, benchmark.pedantic(case(rival, **problem), warmup_rounds=2, rounds=15))
+def test_draw(timed: Callable[[int], Any], rival: str, problem: Problem) -> None:
+    check(rival, problem, timed(15))
 
 
 def on_gpu(gpu: Gpu) -> str:

@@ -47,7 +47,7 @@ from cldf_fast.training.decoder import read_anchors
 from cldf_fast.training.engine import fit
 from cldf_fast.training.fit import Trainer
 
-OURS = "ours"
+OURS, INDEPENDENT = "ours", "held"
 SMALL = {"patients": 1, "steps": 2}
 PROBLEMS = ({"patients": 100, "steps": 400},)
 PUBLIC = {"public": "per_step", "at_anchors": "at_anchors", "held": "held"}
@@ -134,7 +134,9 @@ def mean_dice(cldf: CLDF) -> float:
 
 
 def case(rival: str, patients: int, steps: int) -> Callable[[], Trained]:
-    """What is timed."""
+    """What is timed; the first training of a process is a small one, for what only that does."""
+    if {"patients": patients, "steps": steps} != SMALL:
+        case(rival, **SMALL)()
     folder = tempfile.TemporaryDirectory()
     trainer, cldf = trainer_of(patients, steps, Path(folder.name)), bundled().load()
     if rival != OURS:
@@ -149,9 +151,9 @@ def case(rival: str, patients: int, steps: int) -> Callable[[], Trained]:
     return run
 
 
-def check(_rival: str, problem: Problem, trained: Trained) -> None:
-    """Our pixel labels, but for those where a map is at a threshold, and our Dice."""
-    expected: Trained = result_of("pipeline", OURS, problem)
+def check(rival: str, problem: Problem, trained: Trained) -> None:
+    """As of another: pixel labels, but for those where a map is at a threshold, and Dice."""
+    expected: Trained = result_of("pipeline", INDEPENDENT if rival == OURS else OURS, problem)
     assert (trained.labels != expected.labels).float().mean() < 1e-3
     if problem != SMALL:  # which is too little to learn anything from
         assert abs(mean_dice(trained.cldf) - mean_dice(expected.cldf)) < SAME_DICE
@@ -169,9 +171,8 @@ BENCHMARK = Benchmark(
 )
 
 
-def test_training(benchmark: Any, rival: str, problem: Problem) -> None:
-    case(rival, **SMALL)()
-    trained = benchmark.pedantic(case(rival, **problem), rounds=1)
+def test_training(benchmark: Any, timed: Callable[[int], Any], rival: str, problem: Problem) -> None:
+    trained = timed(1)
     benchmark.extra_info["seconds"] = {part: round(seconds, 1) for part, seconds in trained.seconds.items()}
     if problem != SMALL:
         benchmark.extra_info["dice"] = round(mean_dice(trained.cldf), 4)

@@ -345,18 +345,16 @@ BENCHMARK = Benchmark(
 )
 
 
-def test_evidence(benchmark: Any, memory: Callable[[], None], rival: str, problem: Problem) -> None:
-    part = problem["part"]
-    run = case(rival, **problem)
-    if part == "epilogue":
-        got = benchmark.pedantic(run, warmup_rounds=3, rounds=30)
-    else:
-        got = benchmark.pedantic(run, warmup_rounds=1, rounds=5)
+def test_evidence(
+    benchmark: Any, timed: Callable[[int], Any], memory: Callable[[], None], rival: str, problem: Problem
+) -> None:
+    whole = problem["part"] == "whole"
+    check(rival, problem, timed(7 if whole else 30))
+    if whole and rival == OURS:
+        epilogue = seconds(case(OURS, **problem | {"part": "epilogue"}))
+        benchmark.extra_info["epilogue_share"] = round(epilogue / benchmark.stats.stats.median, 5)
+    if whole and rival != "captum_our_layers":
         memory()
-        if rival == OURS:
-            epilogue = seconds(case(OURS, **problem | {"part": "epilogue"}))
-            benchmark.extra_info["epilogue_share"] = round(epilogue / benchmark.stats.stats.median, 5)
-    check(rival, problem, got)
 
 
 def seconds(run: Callable[[], Any]) -> float:

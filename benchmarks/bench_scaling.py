@@ -3,17 +3,22 @@
     python -m benchmarks scaling
 
 Problems are rows of the other benchmarks with one of their sizes changed, so that cases and checks are theirs;
-"threads" changes how many of them torch may use. `docs/performance.md` fits an exponent to every curve. A rival that
-holds all pairs of embeddings stops where that would take several GiB.
+"threads" changes how many of them torch may use, "processes" into how many processes of one thread each the batch is
+shared out, and the results gathered from. `docs/performance.md` fits an exponent to every curve. A rival that holds all
+pairs of embeddings stops where that would take seconds.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from multiprocessing import get_context
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from benchmarks import bench_anchors, bench_features, bench_infonce, bench_saliency
 from benchmarks.suite import Benchmark, Problem
@@ -23,7 +28,7 @@ OURS = "ours"
 PARTS: dict[str, tuple[Benchmark, Problem, tuple[str, ...]]] = {
     "infonce": (
         bench_infonce.BENCHMARK,
-        {"sets": 1, "size": 4096, "dim": 64, "classes": 2},
+        {"sets": 1, "size": 2048, "dim": 64, "classes": 2},
         ("eager", "chunked", "metric_learning"),
     ),
     "anchors": (
@@ -38,31 +43,37 @@ PARTS: dict[str, tuple[Benchmark, Problem, tuple[str, ...]]] = {
     ),
     "features": (
         bench_features.BENCHMARK,
-        {"part": "inference", "batch": 1, "size": 64, "width": 64},
+        {"part": "inference", "batch": 2, "size": 64, "width": 64},
         ("public",),
     ),
 }
 """Of each part its benchmark, the problem that an axis starts from, and the rivals beside ours."""
 AXES: dict[tuple[str, str], tuple[int, ...]] = {
-    ("infonce", "size"): (512, 1024, 2048, 4096, 8192, 16384),
-    ("infonce", "dim"): (16, 32, 64, 128, 256, 512),
+    ("infonce", "size"): (512, 1024, 2048, 4096, 8192),
+    ("infonce", "dim"): (16, 64, 256),
     ("infonce", "threads"): (1, 2),
-    ("anchors", "size"): (64, 128, 256, 512, 1024),
-    ("anchors", "batch"): (1, 2, 4, 8, 16, 32),
+    ("anchors", "size"): (64, 128, 256, 512),
+    ("anchors", "batch"): (1, 4, 16),
     ("anchors", "threads"): (1, 2),
     ("saliency", "size"): (32, 64, 128),
-    ("saliency", "batch"): (1, 2, 4, 8, 16),
+    ("saliency", "batch"): (1, 2, 4, 8),
     ("saliency", "threads"): (1, 2),
-    ("features", "size"): (32, 64, 128, 256),
-    ("features", "batch"): (1, 2, 4, 8),
+    ("saliency", "processes"): (1, 2),
+    ("features", "size"): (32, 64, 128),
+    ("features", "batch"): (1, 2, 4),
     ("features", "threads"): (1, 2),
+    ("features", "processes"): (1, 2),
 }
-LARGEST = {"eager": 8192, "metric_learning": 8192}  # embeddings
+LARGEST = {"eager": 4096, "metric_learning": 4096}  # embeddings
+IN_MEMORY = {"infonce": (OURS, "eager"), "features": (OURS, "public")}
+"""Whose memory is measured, against the size."""
 
 
 def problem_of(part: str, axis: str, value: int) -> Problem:
-    """The problem in the part's own benchmark."""
+    """The problem in the part's own benchmark, of one process if there are several."""
     base = PARTS[part][1]
+    if axis == "processes":
+        return base | {"batch": base["batch"] // value}
     return base if axis == "threads" else base | {axis: value}
 
 
@@ -89,15 +100,51 @@ def with_threads(threads: int, run: Callable[[], Any]) -> Any:
         torch.set_num_threads(before)
 
 
+Share = tuple[NDArray[Any], ...]
+"""A process's results; as arrays, since a tensor would stay in memory that is the process's."""
+
+
+@cache
+def _prepared(rival: str, part: str, problem: str) -> Callable[[], Any]:
+    """In a process: its call."""
+    torch.set_num_threads(1)
+    return PARTS[part][0].case(rival, **json.loads(problem))
+
+
+def _share(*of: str) -> Share:
+    """In a process: a call."""
+    return tuple(each.numpy() for each in _prepared(*of)())
+
+
+def in_processes(count: int, *of: str) -> Callable[[], list[Share]]:
+    """A call in each of so many processes at once, which end with it."""
+    # A pool each: one pool might give two shares to one process.
+    processes = [ProcessPoolExecutor(1, mp_context=get_context("spawn")) for _ in range(count)]
+
+    def run() -> list[Share]:
+        return [each.result() for each in [process.submit(_share, *of) for process in processes]]
+
+    run()
+    return run
+
+
 def case(rival: str, part: str, axis: str, value: int) -> Callable[[], Any]:
     """What is timed: the case of the part's benchmark."""
-    run = PARTS[part][0].case(name_of(rival, part), **problem_of(part, axis, value))
+    name, problem = name_of(rival, part), problem_of(part, axis, value)
+    if axis == "processes":
+        return in_processes(value, name, part, json.dumps(problem))
+    run = PARTS[part][0].case(name, **problem)
     return partial(with_threads, value, run) if axis == "threads" else run
 
 
 def check(rival: str, problem: Problem, result: Any) -> None:
-    """The check of the part's benchmark."""
-    PARTS[problem["part"]][0].check(name_of(rival, problem["part"]), problem_of(**problem), result)
+    """The check of the part's benchmark, of every share if there are processes."""
+    shares = [result]
+    if problem["axis"] == "processes":
+        assert len(result) == problem["value"]
+        shares = [tuple(map(torch.from_numpy, share)) for share in result]
+    for share in shares:
+        PARTS[problem["part"]][0].check(name_of(rival, problem["part"]), problem_of(**problem), share)
 
 
 BENCHMARK = Benchmark(
@@ -115,9 +162,7 @@ BENCHMARK = Benchmark(
 )
 
 
-def test_growth(benchmark: Any, memory: Callable[[], None], rival: str, problem: Problem) -> None:
-    rounds = {"infonce": 5, "anchors": 15}.get(problem["part"], 3)
-    check(rival, problem, benchmark.pedantic(case(rival, **problem), warmup_rounds=1, rounds=rounds))
-    # Pixels that are drawn are few, whoever draws them.
-    if problem["axis"] != "threads" and problem["part"] != "anchors":
+def test_growth(timed: Callable[[int], Any], memory: Callable[[], None], rival: str, problem: Problem) -> None:
+    check(rival, problem, timed(15 if problem["part"] == "anchors" else 5))
+    if problem["axis"] == "size" and rival in IN_MEMORY.get(problem["part"], ()):
         memory()

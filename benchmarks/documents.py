@@ -310,15 +310,17 @@ their rivals are is said at the head of `benchmarks/bench_<name>.py`.
 
 - All rivals of a problem run in one process, one after another, on the same inputs, with as many threads as the
   machine has cores. A rival's time counts only after its result was compared with another's.
-- Times are medians of warm calls in milliseconds, ± the interquartile range; others' times are multiples of ours, and
-  those below 1 are faster than we are. A row with an asterisk was measured while other processes took more than a
+- Times are medians of warm calls in milliseconds, ± the interquartile range: of as many calls as fit into 12 seconds of
+  the problems that the README shows and into 5 of others, and never more than 30. What takes longer is called once, and
+  that call counts, after everything that only a first call does. Others' times are multiples of ours, and those below 1
+  are faster than we are. A row with an asterisk was measured while other processes took more than a
   tenth of the processors.
 - Extra memory is what a call adds to its process's resident memory at its peak, beyond inputs and results, in a
   process of its own.
 - "Of the ceiling" is the time that a problem takes at least, over ours. That least is the longer of two: its
   operations at the rate of this machine's best float32 product of up to 2048 x 2048, and its bytes, each read or
-  written once, at the rate of its best copy of 64 MiB. `infonce` counts the 8 M N D operations of the usual method;
-  ours needs fewer, so that it can pass 100 %.
+  written once, at the rate of its best copy of 64 MiB. `infonce` counts the 8 M N D operations of the usual method
+  and 3 x 3 convolutions those of the direct one; ours need fewer, so that they can pass 100 %.
 - Speed of one machine says little about another: `python -m benchmarks` measures yours, `--compare` sets two side by
   side.
 """

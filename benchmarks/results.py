@@ -121,4 +121,7 @@ def _changes(name: str, old: Document, new: Document) -> Iterator[Change]:
 def where(document: Document) -> str:
     """Device and versions in a few words."""
     device = document["device"]
-    return f"{device['model']}, {device['threads']} threads, torch {document['versions']['torch']}"
+    instructions = [device["features"]] if "features" in device else []
+    instructions += [f"extension held to {device['extension']}"] if "extension" in device else []
+    places = [device["model"], *instructions, f"{device['threads']} threads", f"torch {document['versions']['torch']}"]
+    return ", ".join(places)

@@ -1,20 +1,24 @@
 """What every benchmark is made of: `Benchmark`, and the measures that all share.
 
-A module `bench_<stem>.py` holds one `BENCHMARK` and one test, which takes `benchmark`, `rival` and `problem` and times
-`BENCHMARK.case(rival, **problem)`; `conftest.py` calls it for every rival of every problem, all in one process. The
-time of a rival counts only if its result passes the test's comparison.
+A module `bench_<stem>.py` holds one `BENCHMARK` and one test, which takes `timed`, `rival` and `problem`: `timed` calls
+`BENCHMARK.case(rival, **problem)` and gives its result. `conftest.py` calls the test for every rival of every problem,
+all in one process. The time of a rival counts only if its result passes the test's comparison.
+
+Nothing is computed twice: a rival's first call on a problem is made once, whether it is asked for as what another is
+compared with, or to be timed, and it is that which a slow rival is timed by.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -46,7 +50,8 @@ class Benchmark:
 
     ours: the rival that is this package.
     rivals: names of the rivals of a problem, ours among them.
-    case: `case(rival, **problem)` prepares, and returns the call that is timed.
+    case: `case(rival, **problem)` prepares, and returns the call that is timed. What only a first call does, compiling
+        and importing, belongs to the preparation.
     check: `check(rival, problem, result)` compares a rival's result with another's; AssertionError if it is wrong.
     problems: what a full run measures.
     quick: what `--quick` measures instead, in seconds.
@@ -91,14 +96,49 @@ def load(stem: str) -> Benchmark:
     return benchmark
 
 
+@dataclass
+class FirstCall:
+    """A rival's first call on a problem.
+
+    result, seconds: of the call. others_share: see `OtherLoad.share`. run: the call, None once it has been timed.
+    """
+
+    result: Any
+    seconds: float
+    others_share: float | None
+    run: Callable[[], Any] | None
+
+
+_first_calls: dict[str, tuple[str, dict[str, FirstCall]]] = {}
+"""stem -> its last problem, and the first calls of rivals on that."""
+
+
+def first_call(stem: str, rival: str, problem: Problem) -> FirstCall:
+    """A rival's first call, made only if it has not been since the benchmark's last problem."""
+    name = json.dumps(problem)
+    if stem not in _first_calls or _first_calls[stem][0] != name:
+        _first_calls[stem] = name, {}
+    calls = _first_calls[stem][1]
+    if rival not in calls:
+        run = load(stem).case(rival, **problem)
+        others, start = OtherLoad(), time.perf_counter()
+        result = run()
+        calls[rival] = FirstCall(result, time.perf_counter() - start, others.share(), run)
+    return calls[rival]
+
+
 def result_of(stem: str, rival: str, problem: Problem) -> Any:
-    """What a rival's case gives, to compare others with; the last two are remembered."""
-    return _result_of(stem, rival, json.dumps(problem))
+    """What a rival's case gives, to compare others with."""
+    return first_call(stem, rival, problem).result
 
 
-@lru_cache(maxsize=2)
-def _result_of(stem: str, rival: str, problem: str) -> Any:
-    return load(stem).case(rival, **json.loads(problem))()
+def rounds_of(seconds: float, most: int, budget: float) -> tuple[int, bool]:
+    """How many calls a rival is timed by, and whether the first one, of so many seconds, counts among them.
+
+    As many as fit the budget in seconds, at least one and at most `most`. The first one warms up, unless fewer than
+    three fit.
+    """
+    return max(1, min(most, int(budget / seconds))), most == 1 or 3 * seconds > budget
 
 
 @register_flop_formula([torch.ops.cldf_fast.conv3x3, torch.ops.cldf_fast.conv3x3_backward])
@@ -129,6 +169,13 @@ def counted_operations(run: Callable[[], Any]) -> int:
 # --- The machine ------------------------------------------------------------------------------------------------------
 
 
+def device(cpu: Mapping[str, Any]) -> dict[str, Any]:
+    """The doctor's report on the CPU, and "extension" where CLDF_FAST_CPU_CAPABILITY holds ours to less than that."""
+    asked = os.environ.get("CLDF_FAST_CPU_CAPABILITY", "")
+    lesser = cpu["features"] in {"avx2": ("AVX512",), "baseline": ("AVX512", "AVX2")}.get(asked, ())
+    return dict(cpu) | ({"extension": asked} if lesser else {})
+
+
 @cache
 def gemm_rate() -> float:
     """Operations a second of the best square float32 product that fits into cache, on this machine's CPU."""
@@ -157,7 +204,7 @@ def copy_rate() -> float:
 class OtherLoad:
     """How much of the machine's processors others take, between its making and `share`.
 
-    What a virtual machine's host takes counts as others'. The processes that this one waits for are its own.
+    What a virtual machine's host takes counts as others'. The processes that this one has started are its own.
     """
 
     def __init__(self) -> None:
@@ -185,5 +232,16 @@ def _busy_seconds() -> float | None:
 
 
 def _own_seconds() -> float:
+    """Of this process, those it has waited for, and workers that it still has."""
+    workers = sum(_seconds_of(worker.pid) for worker in multiprocessing.active_children())
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    return workers + sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _seconds_of(process: int | None) -> float:
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    ticks: int = os.sysconf("SC_CLK_TCK")
+    return (int(fields[11]) + int(fields[12])) / ticks
