@@ -17,9 +17,9 @@ def conv3x3(
 ) -> Tensor:
     """`torch.nn.functional.conv2d(x, weight, bias, padding=1)` of 3 x 3 kernels, plus residual. Differentiable once.
 
-    On a CPU by Winograd's algorithm (Lavin & Gray, arXiv 1509.09308) on tiles of 4 x 4 pixels: twice as fast as
-    PyTorch's where there are 32 channels or more, with some 1.7 times its error. A value that is not finite makes
-    all of its tile and of those next to it NaN.
+    On a CPU by Winograd's algorithm (Lavin & Gray, arXiv 1509.09308) on tiles of 4 x 4 pixels: two to three times as
+    fast as PyTorch's where there are 32 channels or more, with some 1.7 times its error. A value that is not finite
+    makes all of its tile and of those next to it NaN.
 
     Args:
         x: [B, C, H, W], floating, H and W at least 1; channels-last is read as it lies.

@@ -16,7 +16,6 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
-#include <vector>
 
 #include "common.h"
 #include "convolution_kernels.h"
