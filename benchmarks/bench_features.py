@@ -12,8 +12,8 @@ rivals share weights, noise and decoder; but for ours and bfloat16 they run the 
     public      as above
     truncated   the UNet stops after the last block that is read
     stacked     and all noise levels are one batch
-    reading     and blocks stay at native size: the decoder's first layer comes before resizing (inference), or single
-                pixels are read (training)
+    reading     and blocks stay at native size: the decoder's first layer comes before resizing, as soon as a block is
+                there, so that none is held (inference), or single pixels are read (training)
     ours        inference: and 3 x 3 convolutions are ours, with a quarter of the products, as are norm, scale, shift
                 and SiLU, one operation on channels side by side. training: once for all steps: the network is frozen,
                 so what anchors read is held, in half precision, and a step has no UNet
@@ -170,7 +170,7 @@ def infer_stacked(setting: Setting) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def infer(setting: Setting, features: DiffusionFeatures) -> tuple[Tensor, ...]:
-    return (setting.decoder.dense(features(setting.x, setting.labels), setting.size),)
+    return (setting.decoder.embed(features, setting.x, setting.labels),)
 
 
 def train_public(setting: Setting) -> tuple[Tensor, ...]:
@@ -304,7 +304,7 @@ def volume(part: str, slices: int, size: int, device: str) -> tuple[Callable[[],
 
     @torch.no_grad()
     def embedded(rows: slice) -> Tensor:
-        return decoder.dense(features(images[rows], labels[rows]), (size, size))
+        return decoder.embed(features, images[rows], labels[rows])
 
     def run() -> Tensor:
         return torch.stack([embedded(slice(i, i + 8)).sum() for i in range(0, slices, 8)])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cldf_fast.diffusion import Diffusion
@@ -16,6 +17,9 @@ from cldf_fast.models.unet import UNet
 from cldf_fast.ops import noised_batch, pixel_seed
 from cldf_fast.ops._arguments import check_tensor
 from cldf_fast.passes import check_max_batch, split_rows
+
+_Visit = Callable[[int, Tensor, int], None]
+"""(i, map i of some rows [R, C_i, h_i, w_i], the number of the first of them among all T * B)"""
 
 
 class FeatureReader(Protocol):
@@ -28,6 +32,9 @@ class FeatureReader(Protocol):
 
     def __call__(self, x: Tensor, condition: Tensor | None) -> list[Tensor]:
         """Images [B, C, H, W] under conditions [B, ...] -> one [B, channels[i], h_i, w_i] a map."""
+
+    def project(self, x: Tensor, condition: Tensor | None, weights: Sequence[Tensor]) -> list[Tensor]:
+        """What 1 x 1 convolutions, weights [D, channels[i]], make of each map: one [B, D, h_i, w_i]; no gradient."""
 
 
 class DiffusionFeatures:
@@ -105,10 +112,50 @@ class DiffusionFeatures:
         The noise is a function of an image's pixels, so that features never depend on the batch.
         Returns one [B, channels[i], H / f, W / f] a block, f its factor; the prediction last, [B, channels[-1], H, W].
         """
+        if not len(x):
+            return [part[:0] for part in self(*_blank(x, condition))]
+        parts: list[list[Tensor]] = [[] for _ in self.channels]
+        self._read(x, condition, lambda i, block, _start: parts[i].append(block))
+        maps = (torch.cat(of_passes) if len(of_passes) > 1 else of_passes[0] for of_passes in parts)
+        return [each.unflatten(0, (len(self.steps), len(x))).transpose(0, 1).flatten(1, 2) for each in maps]
+
+    @torch.no_grad()
+    def project(self, x: Tensor, condition: Tensor | None, weights: Sequence[Tensor]) -> list[Tensor]:
+        """What 1 x 1 convolutions make of the maps, each as soon as it is there, so that they are never held together.
+
+        weights: one [D, channels[i]] a map. Other arguments as those of a call, in whose place this comes with less
+        memory: one [B, D, h_i, w_i] a map.
+        """
+        if [each.shape[1] for each in weights] != self.channels:
+            raise ConfigError(
+                f"weights: expected one [D, C] a map, of {self.channels} channels, got "
+                f"{[list(each.shape) for each in weights]}"
+            )
+        if not len(x):
+            return [part[:0] for part in self.project(*_blank(x, condition), weights)]
+        levels, batch = len(self.steps), len(x)
+        by_level = [each.detach()[:, :, None, None].unflatten(1, (levels, -1)).unbind(1) for each in weights]
+        sums: dict[int, Tensor] = {}
+
+        def add(i: int, block: Tensor, start: int) -> None:
+            for level, weight in enumerate(by_level[i]):
+                offset = level * batch - start
+                first, last = max(-offset, 0), min(len(block) - offset, batch)
+                if first >= last:
+                    continue
+                with torch.autocast(block.device.type, enabled=False):
+                    projected = F.conv2d(block[offset + first : offset + last], weight)
+                if i in sums:
+                    sums[i][first:last] += projected
+                else:
+                    sums[i] = F.pad(projected, (0, 0, 0, 0, 0, 0, 0, batch - last))
+
+        self._read(x, condition, add)
+        return [sums[i] for i in range(len(weights))]
+
+    def _read(self, x: Tensor, condition: Tensor | None, visit: _Visit) -> None:
+        """Calls visit for every map and pass, as soon as it is there."""
         check_tensor("x", x, "floating", ("B", self.reader.channels, "H", "W"))
-        if not len(x):  # which torch's pixel_unshuffle, for one, leaves as it is
-            blank = None if condition is None else condition.new_zeros(1, *condition.shape[1:])
-            return [block[:0] for block in self(x.new_zeros(1, *x.shape[1:]), blank)]
         levels, batch = len(self.steps), len(x)
         rows = split_rows(noised_batch(x, self.alpha_bar.to(x), pixel_seed(x)), self.max_batch)
         sizes = [len(part) for part in rows]
@@ -116,16 +163,26 @@ class DiffusionFeatures:
         conditions = [None] * len(rows) if repeated is None else repeated.split(sizes)
         steps = self.steps.to(x.device).repeat_interleave(batch).split(sizes)
         times = self.times.to(x.device).repeat_interleave(batch).split(sizes)
-        passes = [self._pass(*each) for each in zip(rows, steps, times, conditions, strict=True)]
-        maps = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*passes, strict=True))
-        return [part.unflatten(0, (levels, batch)).transpose(0, 1).flatten(1, 2) for part in maps]
+        start = 0
+        for part in zip(rows, steps, times, conditions, strict=True):
+            self._pass(visit, start, *part)
+            start += len(part[0])
 
-    def _pass(self, noised: Tensor, steps: Tensor, times: Tensor, condition: Tensor | None) -> list[Tensor]:
-        """Maps [R, C_i, h_i, w_i] of rows x_t."""
+    def _pass(
+        self, visit: _Visit, start: int, noised: Tensor, steps: Tensor, times: Tensor, condition: Tensor | None
+    ) -> None:
+        """Calls visit for the maps of rows x_t from number `start` on."""
+
+        def read(i: int, block: Tensor) -> None:
+            visit(i, block.to(torch.promote_types(block.dtype, torch.float32)), start)
+
         with torch.autocast(noised.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            read, prediction = self.reader(noised, times, condition)
-        maps = [block.to(torch.promote_types(block.dtype, torch.float32)) for block in read]
+            prediction = self.reader(noised, times, condition, read)
         if prediction is not None:
             noise = prediction[:, : noised.shape[1]].to(noised.dtype)
-            maps.append(self.diffusion.predict_x0(noised, steps, noise))
-        return maps
+            visit(len(self.reader.widths), self.diffusion.predict_x0(noised, steps, noise), start)
+
+
+def _blank(x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """One image in place of none, which torch's pixel_unshuffle, for one, leaves as they are."""
+    return x.new_zeros(1, *x.shape[1:]), None if condition is None else condition.new_zeros(1, *condition.shape[1:])

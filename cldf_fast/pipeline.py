@@ -299,7 +299,7 @@ class CLDF:
         """Class probabilities [B, K + 1, H, W] of one view."""
         assert self.decoder is not None
         assert self.prototypes is not None
-        embeddings = self.decoder.dense(self.features(x, condition), (x.shape[2], x.shape[3]))
+        embeddings = self.decoder.embed(self.features, x, condition)
         return self.prototypes.probability(embeddings.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def _with_evidence(self, probability: Tensor, gradient_map: Tensor) -> Tensor:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -108,6 +109,12 @@ class FeatureStore:
             values, scale = (torch.stack([entries[name][f"{part}_{i}"] for name in names]) for part in _PARTS)
             maps.append(values.to(x.device).float() * scale.to(x.device)[:, :, None, None])
         return maps
+
+    @torch.no_grad()
+    def project(self, x: Tensor, condition: Tensor | None, weights: Sequence[Tensor]) -> list[Tensor]:
+        """As `DiffusionFeatures.project`, of what is stored."""
+        maps = self(x, condition)
+        return [F.conv2d(block, each[:, :, None, None]) for block, each in zip(maps, weights, strict=True)]
 
     def _current_setting(self) -> str:
         """Digest of all that features depend on but the image. Weights are read again only if they may have changed."""

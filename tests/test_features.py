@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -216,7 +217,7 @@ def test_a_foreign_network_stops_after_the_last_block_and_is_left_as_it_was() ->
         name: count + added.get(name, 0) for name, count in hooks.items()
     }
     with pytest.raises(RuntimeError, match="channels"):
-        features.reader(torch.zeros(1, 4, 16, 16), torch.zeros(1), None)
+        features.reader(torch.zeros(1, 4, 16, 16), torch.zeros(1), None, lambda *_: None)
     assert len(network.up_blocks[1]._forward_hooks) == hooks["up_blocks.1"]
 
 
@@ -232,6 +233,37 @@ def test_passes_are_bounded_and_change_nothing(unet: UNet, max_batch: int) -> No
         torch.testing.assert_close(block, reference, rtol=1e-9, atol=1e-9)
     assert sum(rows) == 9
     assert max(rows) <= max_batch
+
+
+@pytest.mark.parametrize("max_batch", [1, 4, 5, 100])
+@pytest.mark.parametrize("prediction", [True, False])
+def test_projecting_maps_as_they_come_equals_projecting_them_after(
+    unet: UNet, prediction: bool, max_batch: int
+) -> None:
+    features = DiffusionFeatures(
+        unet.double(), Diffusion(), noise_levels=LEVELS, downsample=(8, 2), prediction=prediction, max_batch=max_batch
+    )
+    x, condition = torch.rand(3, 2, 16, 24).double() * 2 - 1, torch.rand(3, 4).double()
+    weights = [torch.randn(5, channels).double() for channels in features.channels]
+    for count in (3, 1, 0):
+        maps = features(x[:count], condition[:count])
+        got = features.project(x[:count], condition[:count], weights)
+        for projected, block, weight in zip(got, maps, weights, strict=True):
+            torch.testing.assert_close(projected, torch.einsum("bchw,dc->bdhw", block, weight), rtol=1e-9, atol=1e-9)
+    with pytest.raises(ConfigError, match=r"weights: expected one \[D, C\] a map, of \["):
+        features.project(x, condition, weights[1:])
+
+
+def test_no_map_is_held_while_the_next_is_computed(unet: UNet) -> None:
+    features = DiffusionFeatures(unet, Diffusion(), noise_levels=LEVELS, downsample=(8, 4, 2), prediction=False)
+    seen: list[weakref.ref[Tensor]] = []
+
+    def visit(_: int, block: Tensor, __: int) -> None:
+        assert all(each() is None for each in seen[:-1])
+        seen.append(weakref.ref(block))
+
+    features._read(torch.rand(1, 2, 16, 16), torch.tensor([0]), visit)
+    assert len(seen) == len(features.channels)
 
 
 def test_half_precision_is_float32_outside_and_near_the_exact_features(randomised: Randomise) -> None:

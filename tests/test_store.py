@@ -19,6 +19,7 @@ from cldf_fast.config import Config, make_config
 from cldf_fast.diffusion import Diffusion
 from cldf_fast.errors import ConfigError
 from cldf_fast.features import DiffusionFeatures
+from cldf_fast.models.decoder import PixelDecoder
 from cldf_fast.models.unet import UNet
 from cldf_fast.pipeline import CLDF, build_features
 from cldf_fast.run import DatasetRecord, Run
@@ -447,3 +448,14 @@ def test_a_run_keeps_features_only_where_it_is_asked_to(tiny_cldf: CLDF, tmp_pat
     run.drop_features()
     assert not run.feature_folder.exists()
     run.drop_features()
+
+
+def test_a_decoder_embeds_through_a_store_and_without_one_as_from_maps(unet: UNet, tmp_path: Path) -> None:
+    features = features_of(unet)
+    x, labels = images(3)
+    decoder = PixelDecoder(features.channels, hidden=12, embedding=6).eval()
+    expected = decoder.dense(features(x, labels), (12, 16))
+    got = decoder.embed(features, x, labels)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert not got.requires_grad
+    torch.testing.assert_close(decoder.embed(FeatureStore(features, tmp_path), x, labels), expected, rtol=0, atol=2e-3)

@@ -213,18 +213,23 @@ class _Decoder(nn.Module):
         with torch.no_grad():
             weight = decoder.first.weight / decoder.deviation
             self.register_buffer("bias", (decoder.first.bias - weight @ decoder.mean).view(1, -1, 1, 1))
-            for i, (columns, pixels) in enumerate(zip(weight.split(decoder.channels, dim=1), native, strict=True)):
+            for i, columns in enumerate(weight.split(decoder.channels, dim=1)):
                 self.register_buffer(f"first_{i}", columns[:, :, None, None].clone())
+            for pixels in set(native):
                 spread = F.interpolate(torch.eye(pixels)[None], size, mode="linear", align_corners=False)[0]
-                self.register_buffer(f"spread_{i}", None if pixels == size else spread)
+                self.register_buffer(f"spread_{pixels}", None if pixels == size else spread)
+        self.native = list(native)
         self.rest = copy.deepcopy(decoder.rest)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Embeddings [R, S, S, D] of unit length of maps [R, C_i, S / f_i, S / f_i]."""
+        by_size: dict[int, Tensor] = {}
+        for i, (block, pixels) in enumerate(zip(maps, self.native, strict=True)):
+            projected = F.conv2d(block, self.get_buffer(f"first_{i}"))
+            by_size[pixels] = by_size[pixels] + projected if pixels in by_size else projected
         hidden = self.get_buffer("bias")
-        for i, block in enumerate(maps):
-            native = F.conv2d(block, self.get_buffer(f"first_{i}"))
-            spread = self._buffers[f"spread_{i}"]
+        for pixels, native in by_size.items():
+            spread = self._buffers[f"spread_{pixels}"]
             hidden = hidden + (native if spread is None else spread.T @ (native @ spread))
         return F.normalize(self.rest(hidden.permute(0, 2, 3, 1)), dim=-1)
 

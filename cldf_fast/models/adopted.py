@@ -19,7 +19,7 @@ from cldf_fast.models.architecture import Architecture
 from cldf_fast.models.checkpoints import Description, Loaded
 from cldf_fast.models.classifier import NoiseAwareClassifier
 from cldf_fast.models.conditions import HEALTHY, NULL, num_conditions
-from cldf_fast.models.unet import UNet
+from cldf_fast.models.unet import UNet, Visit
 
 NULL_NAMES = ("null",)
 """What a description may call the row of the class table that stands for no condition."""
@@ -93,10 +93,16 @@ class AdoptedUNet(nn.Module):
         return self.network.read_out(last)[:, : self.in_channels]
 
     def decoder_features(
-        self, x: Tensor, timesteps: Tensor, condition: Tensor | None, blocks: Sequence[int]
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        condition: Tensor | None,
+        blocks: Sequence[int],
+        visit: Visit | None = None,
     ) -> dict[int, Tensor]:
         """As `UNet.decoder_features`, for arguments as in forward."""
-        return self.network.blocks_of(self.trained_input(x, timesteps), self.embed(timesteps, condition), blocks)
+        embedding = self.embed(timesteps, condition)
+        return self.network.blocks_of(self.trained_input(x, timesteps), embedding, blocks, visit)
 
     def embed(self, timesteps: Tensor, condition: Tensor | None) -> Tensor:
         """As `UNet.embed`, for arguments as in forward."""

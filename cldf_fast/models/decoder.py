@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Projecting(Protocol):
+    """Features that can be projected as they are read: `features.FeatureReader`."""
+
+    def project(self, x: Tensor, condition: Tensor | None, weights: Sequence[Tensor]) -> list[Tensor]:
+        """As `DiffusionFeatures.project`."""
 
 
 class PixelDecoder(nn.Module):
@@ -61,11 +69,34 @@ class PixelDecoder(nn.Module):
 
     def dense(self, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Embeddings [B, D, H, W] of every pixel; features: one [B, channels[i], h_i, w_i] a block."""
+        weights, bias = self._first_layer()
+        native = [F.conv2d(block, each[:, :, None, None]) for block, each in zip(features, weights, strict=True)]
+        return self._from_native(native, bias, size)
+
+    def embed(self, features: Projecting, x: Tensor, condition: Tensor | None) -> Tensor:
+        """What `dense` makes of features(x, condition), without gradient: embeddings [B, D, H, W] of every pixel.
+
+        The first layer is applied to every map as soon as it is there, so that no two are held: less memory.
+        features: `DiffusionFeatures`, or a store of them. x: [B, C, H, W]. condition: as features take it.
+        """
+        with torch.no_grad():
+            weights, bias = self._first_layer()
+            return self._from_native(features.project(x, condition, weights), bias, (x.shape[2], x.shape[3]))
+
+    def _first_layer(self) -> tuple[list[Tensor], Tensor]:
+        """The first layer, with standardising in it: weights [hidden, channels[i]] for each map, and the bias."""
         weight = self.first.weight / self.deviation
-        hidden = (self.first.bias - weight @ self.mean).view(1, -1, 1, 1)
-        for block, columns in zip(features, weight.split(self.channels, dim=1), strict=True):
-            native = F.conv2d(block, columns[:, :, None, None])
-            hidden = hidden + F.interpolate(native, size, mode="bilinear", align_corners=False)
+        return list(weight.split(self.channels, dim=1)), self.first.bias - weight @ self.mean
+
+    def _from_native(self, native: Sequence[Tensor], bias: Tensor, size: tuple[int, int]) -> Tensor:
+        """Embeddings [B, D, H, W] from what the first layer made of each map, [B, hidden, h_i, w_i]."""
+        by_size: dict[torch.Size, Tensor] = {}
+        for each in native:
+            found = by_size.get(each.shape)
+            by_size[each.shape] = each if found is None else found + each
+        hidden = bias.view(1, -1, 1, 1)
+        for each in by_size.values():
+            hidden = hidden + F.interpolate(each, size, mode="bilinear", align_corners=False)
         return F.normalize(self.rest(hidden.permute(0, 2, 3, 1)), dim=-1).permute(0, 3, 1, 2)
 
 

@@ -5,25 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from cldf_fast.errors import ConfigError, DataError
 from cldf_fast.models.adopted import AdoptedUNet
-from cldf_fast.models.unet import UNet
+from cldf_fast.models.unet import UNet, Visit
 from cldf_fast.ops._arguments import check_tensor
 
 Call = Callable[[Tensor, Tensor, Tensor | None], Any]
 """(x_t, timesteps, condition) -> the network's prediction, or an object that has it as `sample`."""
-
-
-class Reading(NamedTuple):
-    """blocks: one [R, C_i, h_i, w_i] a block. prediction: the network's [R, C, H, W], or None where not asked for."""
-
-    blocks: list[Tensor]
-    prediction: Tensor | None
 
 
 class BlockReader(Protocol):
@@ -38,8 +31,12 @@ class BlockReader(Protocol):
     prediction: bool
     channels: int
 
-    def __call__(self, x: Tensor, timesteps: Tensor, condition: Tensor | None) -> Reading:
-        """x: [R, C, H, W] at noise levels timesteps [R], in the network's own units."""
+    def __call__(self, x: Tensor, timesteps: Tensor, condition: Tensor | None, visit: Visit) -> Tensor | None:
+        """Calls visit(i, what the i-th of the blocks returned, [R, C_i, h_i, w_i]) as soon as each is there.
+
+        x: [R, C, H, W] at noise levels timesteps [R], in the network's own units. Returns the network's prediction
+        [R, C, H, W], or None where not asked for. Nothing else is held.
+        """
 
 
 class UNetReader:
@@ -65,12 +62,20 @@ class UNetReader:
         self.prediction = prediction
         self.channels = unet.in_channels
 
-    def __call__(self, x: Tensor, timesteps: Tensor, condition: Tensor | None) -> Reading:
+    def __call__(self, x: Tensor, timesteps: Tensor, condition: Tensor | None, visit: Visit) -> Tensor | None:
+        places = {block: place for place, block in enumerate(self.blocks)}
         last = len(self.unet.output_blocks) - 1
-        read = self.unet.decoder_features(x, timesteps, condition, [*self.blocks, *[last] * self.prediction])
-        return Reading(
-            [read[block] for block in self.blocks], self.unet.read_out(read[last]) if self.prediction else None
-        )
+        prediction: Tensor | None = None
+
+        def read(block: int, output: Tensor) -> None:
+            nonlocal prediction
+            if block in places:
+                visit(places[block], output)
+            if self.prediction and block == last:
+                prediction = self.unet.read_out(output)
+
+        self.unet.decoder_features(x, timesteps, condition, [*self.blocks, *[last] * self.prediction], read)
+        return prediction
 
 
 class ModuleReader:
@@ -114,7 +119,9 @@ class ModuleReader:
             _check_known("blocks", blocks, modules)
             candidates = list(blocks)
         self.modules = {name: modules[name] for name in candidates}
-        seen = self(x[:1], x.new_zeros(1), None if condition is None else condition[:1]).blocks
+        read: dict[int, Tensor] = {}
+        self(x[:1], x.new_zeros(1), None if condition is None else condition[:1], read.__setitem__)
+        seen = [read[i] for i in range(len(candidates))]
         if blocks is None:
             factors = [x.shape[2] // block.shape[2] for block in seen]
             chosen = _with_factor(list(enumerate(factors)), downsample or ())
@@ -123,36 +130,39 @@ class ModuleReader:
         self.names = list(self.modules)
         self.widths = [block.shape[1] for block in seen]
 
-    def __call__(self, x: Tensor, timesteps: Tensor, condition: Tensor | None) -> Reading:
-        read: dict[str, Tensor] = {}
+    def __call__(self, x: Tensor, timesteps: Tensor, condition: Tensor | None, visit: Visit) -> Tensor | None:
+        read: set[str] = set()
         output: Any = None
-        with torch.no_grad(), self._hooked(read, len(x)):
+        with torch.no_grad(), self._hooked(read, len(x), visit):
             try:
                 output = self.call(x, timesteps, condition)
             except _AllRead:
-                return Reading([read[name] for name in self.modules], None)
+                return None
         missing = [name for name in self.modules if name not in read]
         if missing:
             raise ConfigError(f"blocks: expected modules that the network calls, got {missing[0]}, which it does not")
         prediction: Any = output if isinstance(output, Tensor) else getattr(output, "sample", None)
         check_tensor("the network's prediction", prediction, "floating", (len(x), "C", *x.shape[2:]))
-        return Reading([read[name] for name in self.modules], prediction if self.prediction else None)
+        return prediction if self.prediction else None
 
     @contextmanager
-    def _hooked(self, read: dict[str, Tensor], rows: int) -> Iterator[None]:
-        def keep(name: str, output: Any) -> None:
+    def _hooked(self, read: set[str], rows: int, visit: Visit) -> Iterator[None]:
+        def found(place: int, name: str, output: Any) -> None:
             if name in read:
                 raise ConfigError(f"blocks: expected modules that the network calls once, got {name}, called again")
             if not isinstance(output, Tensor) or output.ndim != 4 or len(output) != rows:
                 found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
                 raise DataError(f"blocks: expected modules that return [{rows}, C, h, w], got {found} from {name}")
-            read[name] = output
+            read.add(name)
+            visit(place, output)
             if not self.prediction and len(read) == len(self.modules):
                 raise _AllRead
 
         with ExitStack() as hooks:
-            for name, module in self.modules.items():
-                handle = module.register_forward_hook(lambda _module, _args, output, name=name: keep(name, output))
+            for place, (name, module) in enumerate(self.modules.items()):
+                handle = module.register_forward_hook(
+                    lambda _module, _args, output, place=place, name=name: found(place, name, output)
+                )
                 hooks.callback(handle.remove)
             yield
 

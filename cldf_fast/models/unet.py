@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ from cldf_fast.models.layers import (
     timestep_embedding,
     zero_init,
 )
+
+Visit = Callable[[int, Tensor], None]
+"""(i, what block i returned)"""
 
 
 class UNet(nn.Module):
@@ -167,15 +170,23 @@ class UNet(nn.Module):
         return F.pixel_shuffle(conv(normed(norm, last)), self.patch_size)
 
     def decoder_features(
-        self, x: Tensor, timesteps: Tensor, condition: Tensor | None, blocks: Sequence[int]
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        condition: Tensor | None,
+        blocks: Sequence[int],
+        visit: Visit | None = None,
     ) -> dict[int, Tensor]:
         """Outputs of these `output_blocks`, each [B, output_widths[i], H / f, W / f] with f = output_downsample[i].
 
-        Arguments as in forward. Nothing after the last block asked for is computed.
+        Arguments as in forward. Nothing after the last block asked for is computed. visit: is given each output as soon
+        as it is there, in place of keeping them all; nothing is returned then.
         """
-        return self.blocks_of(x, self.embed(timesteps, condition), blocks)
+        return self.blocks_of(x, self.embed(timesteps, condition), blocks, visit)
 
-    def blocks_of(self, x: Tensor, embedding: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
+    def blocks_of(
+        self, x: Tensor, embedding: Tensor, blocks: Sequence[int], visit: Visit | None = None
+    ) -> dict[int, Tensor]:
         """As `decoder_features`, for an embedding [B, 4 * model_channels] in place of time and condition."""
         factor = self.downsample_factor
         if x.shape[-1] % factor or x.shape[-2] % factor:
@@ -193,7 +204,11 @@ class UNet(nn.Module):
                 skips.append(h)
         h = self.middle_block(h, embedding)
         for i in range(max(wanted) + 1):
-            h = self.output_blocks[i](torch.cat([h, skips.pop()], dim=1), embedding)
+            h = torch.cat([h, skips.pop()], dim=1)  # by name, so that the block before is no longer held
+            h = self.output_blocks[i](h, embedding)
             if i in wanted:
-                read[i] = h
+                if visit is None:
+                    read[i] = h
+                else:
+                    visit(i, h)
         return read
