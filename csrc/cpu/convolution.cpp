@@ -94,7 +94,7 @@ class Convolution {
 
   static Scratch scratch(int64_t floats) { return Scratch(new float[floats]); }
 
-  int64_t panel_size() const { return kPoints * images_.channels * kernels().panel; }
+  int64_t panel_size() const { return kPoints * point_stride(images_.channels, kernels().panel); }
   int64_t block_size() const { return kPoints * point_stride(kBlock, padded(images_.channels)); }
   int64_t products_size() const { return kPoints * point_stride(kBlock, kernels().panel); }
   int64_t lanes_of(int64_t panel) const { return std::min(kernels().panel, lanes_ - panel * kernels().panel); }

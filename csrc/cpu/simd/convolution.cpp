@@ -7,6 +7,8 @@
 
 #include "../convolution_kernels.h"
 
+#include <type_traits>
+
 #include "lanes.h"
 #include "product.h"
 #include "vector_math.h"
@@ -50,7 +52,7 @@ CLDF_INLINE void transform_products(const Floats (&m)[kReach], Floats (&out)[kSi
 }
 
 void transform_weights(const Weights& weights, int64_t first, int64_t lanes, float* out) {
-  const int64_t point = weights.in_channels * lanes;
+  const int64_t point = point_stride(weights.in_channels, lanes);
   for (int64_t lane = 0; lane < lanes; lane += kLanes) {
     const int64_t present = least(weights.out_channels - first - lane, kLanes);  // 0 or less: all of them are padding
     for (int64_t c = 0; c < weights.in_channels; ++c) {
@@ -75,19 +77,12 @@ void transform_weights(const Weights& weights, int64_t first, int64_t lanes, flo
   }
 }
 
-// Of one tile and one vector of channels.
-template <class Lanes>
-CLDF_INLINE void transform_tile(Lanes lanes, const Images& images, const Tile& tile, int64_t channel, int64_t point,
-                                float* out) {
-  const int64_t row = tile.row - 1, column = tile.column - 1;
+// Of one tile and one vector of channels; at(i, j): the tile's values.
+template <class At>
+CLDF_INLINE void transform_tile(At at, int64_t point, float* out) {
   Floats columns[kReach][kReach];
   for (int j = 0; j < kReach; ++j) {
-    Floats d[kReach];
-    for (int i = 0; i < kReach; ++i) {
-      const bool inside = row + i >= 0 && row + i < images.height && column + j >= 0 && column + j < images.width;
-      const int64_t pixel = (tile.image * images.height + row + i) * images.width + column + j;
-      d[i] = inside ? lanes.load(images.values + pixel * images.channels + channel) : Floats{};
-    }
+    const Floats d[kReach] = {at(0, j), at(1, j), at(2, j), at(3, j), at(4, j), at(5, j)};
     transform_values(d, columns[j]);
   }
   for (int i = 0; i < kReach; ++i) {
@@ -100,12 +95,28 @@ CLDF_INLINE void transform_tile(Lanes lanes, const Images& images, const Tile& t
 }
 
 void transform_tiles(const Images& images, const Tile* tiles, int64_t count, int64_t padded, float* out) {
-  const int64_t whole = images.channels / kLanes * kLanes, point = point_stride(count, padded);
+  const int64_t column = images.channels, row = images.width * column, vectors = images.channels / kLanes * kLanes;
+  const int64_t point = point_stride(count, padded);
   for (int64_t t = 0; t < count; ++t) {
-    for (int64_t c = 0; c < whole; c += kLanes)
-      transform_tile(All{}, images, tiles[t], c, point, out + t * padded + c);
-    if (whole < images.channels)
-      transform_tile(Some{images.channels - whole}, images, tiles[t], whole, point, out + t * padded + whole);
+    const int64_t top = tiles[t].row - 1, left = tiles[t].column - 1;
+    const int64_t corner = (tiles[t].image * images.height + top) * row + left * column;
+    const bool whole = top >= 0 && top + kReach <= images.height && left >= 0 && left + kReach <= images.width;
+    const auto inside = [&](int i, int j) {
+      return top + i >= 0 && top + i < images.height && left + j >= 0 && left + j < images.width;
+    };
+    float* to = out + t * padded;
+    for (int64_t c = 0; c < vectors; c += kLanes) {
+      const auto at = [&](int i, int j) { return load(images.values + (corner + i * row + j * column + c)); };
+      if (whole)
+        transform_tile(at, point, to + c);
+      else
+        transform_tile([&](int i, int j) { return inside(i, j) ? at(i, j) : Floats{}; }, point, to + c);
+    }
+    const Some rest{images.channels - vectors};
+    const auto at = [&](int i, int j) {
+      return inside(i, j) ? rest.load(images.values + (corner + i * row + j * column + vectors)) : Floats{};
+    };
+    if (rest.count) transform_tile(at, point, to + vectors);
   }
 }
 
@@ -113,15 +124,15 @@ void multiply_points(const float* tiles, int64_t count, int64_t padded, const fl
                      int64_t lanes, float* products) {
   for (int64_t p = 0; p < kPoints; ++p) {
     const Factor values{tiles + p * point_stride(count, padded), padded, 1};
-    multiply(values, weights + p * depth * lanes, lanes, products + p * point_stride(count, lanes), lanes, count, depth,
-             lanes, false);
+    multiply(values, weights + p * point_stride(depth, lanes), lanes, products + p * point_stride(count, lanes), lanes,
+             count, depth, lanes, false);
   }
 }
 
-// Of one tile and one vector of channels, which begin at `corner` in the results.
-template <class Lanes>
+// Of one tile and one vector of channels, which begin at `corner` in the results. Rows, Columns: int64_t, or a constant.
+template <class Lanes, class Rows, class Columns>
 CLDF_INLINE void transform_tile_back(Lanes lanes, const float* products, int64_t point, const Results& results,
-                                     int64_t corner, int64_t channel, int64_t rows, int64_t columns) {
+                                     int64_t corner, int64_t channel, Rows rows, Columns columns) {
   const Floats bias = results.bias ? lanes.load(results.bias + channel) : Floats{};
   Floats by_column[kReach][kSide];
   for (int j = 0; j < kReach; ++j) {
@@ -142,6 +153,8 @@ CLDF_INLINE void transform_tile_back(Lanes lanes, const float* products, int64_t
   }
 }
 
+constexpr std::integral_constant<int64_t, kSide> kWhole;
+
 void transform_back(const float* products, const Tile* tiles, int64_t count, int64_t lanes, int64_t first,
                     const Results& results) {
   const int64_t point = point_stride(count, lanes);
@@ -151,14 +164,16 @@ void transform_back(const float* products, const Tile* tiles, int64_t count, int
     const int64_t pixel = (tile.image * results.height + tile.row) * results.width + tile.column;
     for (int64_t lane = 0; lane < lanes && first + lane < results.channels; lane += kLanes) {
       const int64_t channel = first + lane, present = results.channels - channel;
-      const auto back = [&](auto used) {
+      const auto back = [&](auto used, auto used_rows, auto used_columns) {
         transform_tile_back(used, products + t * lanes + lane, point, results, pixel * results.channels + channel,
-                            channel, rows, columns);
+                            channel, used_rows, used_columns);
       };
-      if (present >= kLanes)
-        back(All{});
+      if (present < kLanes)
+        back(Some{present}, rows, columns);
+      else if (rows == kSide && columns == kSide)
+        back(All{}, kWhole, kWhole);
       else
-        back(Some{present});
+        back(All{}, rows, columns);
     }
   }
 }
