@@ -1,5 +1,5 @@
 # make demo    set up, then the whole method on the built-in phantom, with a report under runs/demo
-# make test    set up, then linters and tests
+# make test    set up, then linters and tests, in two processes or JOBS=...
 # make lint    set up, then ruff and mypy
 # make sanitize set up, then tests of the C++ under AddressSanitizer and UndefinedBehaviorSanitizer
 # make setup   only set up: a virtual environment in .venv, or in VENV=...; PYTHON=python3.12 picks the interpreter
@@ -8,6 +8,8 @@
 
 VENV := .venv
 PYTHON :=
+# Processes that run tests. Most tests keep one core busy, whatever the machine has.
+JOBS := 2
 EXTRAS := train,test,dicom,deploy
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
@@ -35,14 +37,14 @@ demo: setup
 	@$(VENV)/bin/cldf-fast demo
 
 test: lint
-	@$(VENV)/bin/python -m pytest
+	@$(VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 lint: setup
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/mypy
 
 sanitize: setup
-	@.ci/sanitize $(VENV)/bin/python
+	@.ci/sanitize $(VENV)/bin/python $(JOBS)
 
 weights: setup
 	@$(VENV)/bin/cldf-fast train cdm --config benchmarks/configs/phantom.yaml --out runs/phantom-weights
