@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from benchmarks import documents, runner
-from benchmarks.results import RESULTS, compare, disturbed, read
+from benchmarks.results import RESULTS, compare, disturbed, put_aside, read
 from cldf_fast.errors import CLDFError, ConfigError
 
 STEMS = tuple(sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py")))
@@ -78,13 +78,17 @@ def bench(arguments: list[str]) -> int:
 
 
 def keep(folder: Path, names: list[str]) -> None:
-    """Copy results to the tracked ones, unless the machine was busy, and write what is generated from them."""
+    """Copy results to the tracked ones, unless the machine was busy, and write what is generated from them.
+
+    What was kept there of another machine goes into a folder of that one.
+    """
     for name, document in read(folder).items():
         if name not in names:
             continue
         busy = sum(disturbed(row) for row in document["rows"])
         if 2 * busy > len(document["rows"]):
             raise ConfigError(f"--keep: {name} was measured on a busy machine, {busy} rows of it; measure it again")
+        put_aside(RESULTS / f"{name}.json", document)
         shutil.copyfile(folder / f"{name}.json", RESULTS / f"{name}.json")
     for path in documents.write():
         print(f"written: {path.relative_to(documents.ROOT)}")

@@ -48,6 +48,8 @@ START = pytest.StashKey[float]()
 
 SECONDS = {True: 12.0, False: 5.0}
 """A row's calls, of headline problems and of others."""
+QUICK_SECONDS = 1.0
+"""The same with --quick."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -88,7 +90,8 @@ def timed(request: pytest.FixtureRequest, benchmark: Any, rival: str, problem: P
     def measure(most: int) -> Any:
         stem = stem_of(str(request.node.fspath))
         first = first_call(stem, rival, problem)
-        budget = SECONDS[problem in load(stem).headlines]
+        quick, headline = request.config.getoption("quick"), problem in load(stem).headlines
+        budget = QUICK_SECONDS if quick else SECONDS[headline]
         rounds, counts = rounds_of(first.seconds, most, budget)
         more = rounds - counts
         benchmark.pedantic(first.run if more else int, rounds=max(more, 1))

@@ -20,6 +20,7 @@ from benchmarks.results import (
     disturbed,
     exponent,
     read,
+    read_elsewhere,
     rivals_of,
     where,
 )
@@ -322,14 +323,15 @@ their rivals are is said at the head of `benchmarks/bench_<name>.py`.
   written once, at the rate of its best copy of 64 MiB. `infonce` counts the 8 M N D operations of the usual method
   and 3 x 3 convolutions those of the direct one; ours need fewer, so that they can pass 100 %.
 - Speed of one machine says little about another: `python -m benchmarks` measures yours, `--compare` sets two side by
-  side.
+  side. What was kept of an earlier machine is in a folder of its own, and shows in the table below.
 """
 
 
-def page(results: Mapping[str, Document]) -> str:
-    """docs/performance.md."""
+def page(results: Mapping[str, Document], elsewhere: Sequence[Mapping[str, Document]] = ()) -> str:
+    """docs/performance.md. elsewhere: results of other machines, which show in what was asked and reached."""
     pictures = plots(results)
-    sections = [_INTRODUCTION, "## Asked and reached\n", _targets(results), "## Where rivals win\n", _wins(results)]
+    sections = [_INTRODUCTION, "## Asked and reached\n", _targets([results, *elsewhere])]
+    sections += ["## Where rivals win\n", _wins(results)]
     for name, document in results.items():
         sections += [f"## {document['benchmark']}\n", _provenance(document), times(document)]
         if in_memory := memory(document):
@@ -361,17 +363,22 @@ def _provenance(document: Document) -> str:
     return f"{'; '.join(figures)}."
 
 
-def _targets(results: Mapping[str, Document]) -> str:
+def _targets(machines: Sequence[Mapping[str, Document]]) -> str:
+    """A line for every target and each machine that has measured it."""
     lines = []
     for target in TARGETS:
-        reached = target.reached(results)
-        if reached is not None:
-            verdict, place = ("yes" if target.met(reached) else "**no**"), where(results[target.results])
+        found = [
+            (reached, where(results[target.results]))
+            for results in machines
+            if (reached := target.reached(results)) is not None
+        ]
+        asked = [str(target.issue), target.what, target.asked]
+        for reached, place in found:
             figure = f"{number(reached) if reached >= 0.01 else f'{reached:.2g}'}{target.unit}"
-        else:
-            verdict, figure = "", "not measured"
+            lines.append([*asked, figure, "yes" if target.met(reached) else "**no**", place])
+        if not found:
             place = "no GPU at hand" if target.results.endswith("-gpu") else f"no such row in {target.results}"
-        lines.append([str(target.issue), target.what, target.asked, figure, verdict, place])
+            lines.append([*asked, "not measured", "", place])
     return markdown(["issue", "what", "asked", "reached", "met", "on"], lines)
 
 
@@ -470,25 +477,26 @@ def _roofline(results: Mapping[str, Document]) -> str | None:
 # --- Writing ----------------------------------------------------------------------------------------------------------
 
 
-def generated(results: Mapping[str, Document], studies: Mapping[str, Document]) -> dict[Path, str]:
-    """Every file that results determine, with its text."""
+def generated(folder: Path) -> dict[Path, str]:
+    """Every file that kept results determine, with its text."""
+    results = read(folder)
     return {
-        README: readme(README.read_text(encoding="utf-8"), results, studies),
-        DOCS / "performance.md": page(results),
+        README: readme(README.read_text(encoding="utf-8"), results, read_studies(folder)),
+        DOCS / "performance.md": page(results, read_elsewhere(folder)),
         **{DOCS / "plots" / file: svg for file, (_, svg) in plots(results).items()},
     }
 
 
 def stale(folder: Path = RESULTS) -> list[Path]:
     """Generated files that are not what kept results say, or should not be there."""
-    wanted = generated(read(folder), read_studies(folder))
+    wanted = generated(folder)
     differing = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     return [*differing, *(path for path in (DOCS / "plots").glob("*.svg") if path not in wanted)]
 
 
 def write(folder: Path = RESULTS) -> list[Path]:
     """Bring README and docs up to date with kept results; returns the files that changed."""
-    wanted, changed = generated(read(folder), read_studies(folder)), stale(folder)
+    wanted, changed = generated(folder), stale(folder)
     for path in changed:
         if path in wanted:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,23 @@ def read(path: Path) -> dict[str, Document]:
     except ValueError as error:
         raise ConfigError(f"{path}: expected results as JSON, got {error}") from error
     return {name: document for name, document in documents.items() if "benchmark" in document}
+
+
+def read_elsewhere(folder: Path) -> list[dict[str, Document]]:
+    """What `put_aside` has kept: the results of every other machine."""
+    return [read(path) for path in sorted(folder.iterdir()) if path.is_dir()]
+
+
+def put_aside(kept: Path, document: Document) -> None:
+    """Move a kept file into a folder of its machine's own, if a document that takes its place is of another machine."""
+    if not kept.exists():
+        return
+    old = json.loads(kept.read_text(encoding="utf-8"))
+    if old["device"] == document["device"]:
+        return
+    folder = kept.parent / re.sub(r"[^a-z0-9]+", "-", _machine(old).lower())
+    folder.mkdir(exist_ok=True)
+    kept.replace(folder / kept.name)
 
 
 def by_problem(document: Document) -> list[tuple[dict[str, Any], Runs]]:
@@ -120,8 +138,11 @@ def _changes(name: str, old: Document, new: Document) -> Iterator[Change]:
 
 def where(document: Document) -> str:
     """Device and versions in a few words."""
+    return f"{_machine(document)}, torch {document['versions']['torch']}"
+
+
+def _machine(document: Document) -> str:
     device = document["device"]
     instructions = [device["features"]] if "features" in device else []
     instructions += [f"extension held to {device['extension']}"] if "extension" in device else []
-    places = [device["model"], *instructions, f"{device['threads']} threads", f"torch {document['versions']['torch']}"]
-    return ", ".join(places)
+    return ", ".join([device["model"], *instructions, f"{device['threads']} threads"])

@@ -25,7 +25,7 @@ from tests.deploy.conftest import a_study, write_study
 
 def studies(count: int, slices: int, widths: tuple[int, int], scale: float = 1.0) -> list[dict[str, np.ndarray]]:
     """Features of one population: correlated, a few directions far wider than the others."""
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(np.random.randint(2**31))  # repeats with the seed of the test
     mixes = [
         np.random.default_rng(width).normal(size=(width, width)) * np.geomspace(1, 0.01, width) for width in widths
     ]
