@@ -19,7 +19,7 @@ from cldf_fast.features import DiffusionFeatures
 from cldf_fast.models.adopted import AdoptedClassifier, AdoptedUNet
 from cldf_fast.models.conditions import label_condition, null_condition
 from cldf_fast.models.decoder import PixelDecoder
-from cldf_fast.models.layers import ModulatedNorm, ResBlock
+from cldf_fast.models.layers import ResBlock
 from cldf_fast.models.reading import UNetReader
 from cldf_fast.pipeline import CLDF
 from cldf_fast.segmentation import Prototypes, second_view
@@ -248,7 +248,7 @@ class _Prototypes(nn.Module):
         return prototypes.probability(embeddings)
 
 
-class _GroupNorm(ModulatedNorm):
+class _GroupNorm(nn.Module):
     """A group norm as a layer norm over each group's pixels: ONNX Runtime takes the operator itself apart into dozens
     of small steps on a CPU, and every other runtime has a kernel for this one too."""
 
@@ -258,16 +258,11 @@ class _GroupNorm(ModulatedNorm):
         self.register_buffer("weight", norm.weight.detach())
         self.register_buffer("bias", norm.bias.detach())
 
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         grouped = x.reshape(x.shape[0], self.groups, -1)
         normed = F.layer_norm(grouped, grouped.shape[2:], eps=self.eps).reshape(x.shape)
-        weight, bias = self.get_buffer("weight"), self.get_buffer("bias")
-        if scale is not None:
-            weight, bias = weight * (1 + scale), bias * (1 + scale)
-        if shift is not None:
-            bias = bias + shift
-        affine = (*weight.shape, *[1] * (x.ndim - 2))
-        return normed * weight.reshape(affine) + bias.reshape(affine)
+        affine = (-1, *[1] * (x.ndim - 2))
+        return normed * self.get_buffer("weight").view(affine) + self.get_buffer("bias").view(affine)
 
 
 class _Constant(nn.Module):

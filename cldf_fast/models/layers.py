@@ -99,10 +99,6 @@ def accelerate(network: Network) -> Network:
     return network
 
 
-class ModulatedNorm(nn.Module):
-    """A norm that scales and shifts in the step of its own weight and bias: norm(x, scale, shift)."""
-
-
 def normed(
     norm: nn.Module, x: Tensor, *, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = True
 ) -> Tensor:
@@ -114,14 +110,11 @@ def normed(
         return ops.group_norm(
             x, norm.num_groups, norm.weight, norm.bias, scale=scale, shift=shift, silu=silu, eps=norm.eps
         )
-    if isinstance(norm, ModulatedNorm):
-        x = norm(x, scale, shift)
-    else:
-        x = norm(x)
-        if scale is not None:
-            x = x * (1 + scale[:, :, None, None])
-        if shift is not None:
-            x = x + shift[:, :, None, None]
+    x = norm(x)
+    if scale is not None:
+        x = x * (1 + scale[:, :, None, None])
+    if shift is not None:
+        x = x + shift[:, :, None, None]
     return F.silu(x) if silu else x
 
 
