@@ -258,11 +258,14 @@ def test_no_map_is_held_while_the_next_is_computed(unet: UNet) -> None:
     features = DiffusionFeatures(unet, Diffusion(), noise_levels=LEVELS, downsample=(8, 4, 2), prediction=False)
     seen: list[weakref.ref[Tensor]] = []
 
-    def visit(_: int, block: Tensor, __: int) -> None:
-        assert all(each() is None for each in seen[:-1])
-        seen.append(weakref.ref(block))
+    def none_is_held(*_: Any) -> None:
+        assert all(each() is None for each in seen)
 
-    features._read(torch.rand(1, 2, 16, 16), torch.tensor([0]), visit)
+    for block in unet.output_blocks:
+        block.register_forward_pre_hook(none_is_held)
+    features._read(
+        torch.rand(1, 2, 16, 16), torch.tensor([0]), lambda _i, block, _start: seen.append(weakref.ref(block))
+    )
     assert len(seen) == len(features.channels)
 
 
