@@ -276,9 +276,9 @@ def on_gpu(gpu: Gpu) -> str:
         for rival, name in calls.items():
             compare = partial(agree, expected=expected, tolerance=TOLERANCE.get((part, name), EXACT))
             gpu.row(rival, problem, partial(case, name, **problem, device=gpu.device), check=compare)
-    problem = {"part": "volume", "slices": 155, "size": 256}
+    problem = {"part": "volume", "slices": 155, "size": 256, "width": 128}
     if gpu.rehearse:
-        problem |= {"slices": 3, "size": 32}
+        problem |= {"slices": 3, "size": 32, "width": 32}
     run, work = volume(**problem, device=gpu.device)
 
     def repeats(result: Tensor) -> None:
@@ -288,12 +288,12 @@ def on_gpu(gpu: Gpu) -> str:
     return "ours"
 
 
-def volume(part: str, slices: int, size: int, device: str) -> tuple[Callable[[], Tensor], Work]:
-    """Embeddings of all pixels of a volume of four channels, in bfloat16, by a UNet as wide as diffusion-anomaly's.
+def volume(part: str, slices: int, size: int, width: int, device: str) -> tuple[Callable[[], Tensor], Work]:
+    """Embeddings of all pixels of a volume of four channels, in bfloat16, by a UNet of diffusion-anomaly's shape.
 
     Returns the call, which gives the embeddings' sums, and its work, in which weights are read once a batch.
     """
-    unet = UNet(4, 128, channel_mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2, attention_downsample=(16,), num_classes=2)
+    unet = UNet(4, width, channel_mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2, attention_downsample=(16,), num_classes=2)
     unet.eval().requires_grad_(False).to(device)
     features = DiffusionFeatures(
         unet, Diffusion(), noise_levels=NOISE_LEVELS, downsample=DOWNSAMPLE, prediction=False, dtype=torch.bfloat16

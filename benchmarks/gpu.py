@@ -5,7 +5,7 @@ every problem, and returns the name of ours. Files are those of the CPU's benchm
 medians of launches between CUDA events, with what the second-level cache holds replaced before each; or, where a row
 says so, of replays of a CUDA graph, so that Python's time is none of the method's.
 
-A rehearsal runs the same rows on the CPU, small and twice each, with Triton's kernels interpreted: it shows that every
+A rehearsal runs the same rows on the CPU, small and timed once, with Triton's kernels interpreted: it shows that every
 row can be measured, and its times mean nothing.
 """
 
@@ -22,7 +22,6 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -94,12 +93,9 @@ class Gpu:
     def _times(self, run: Callable[[], Any], *, graph: bool) -> dict[str, float]:
         quantiles: list[float]
         if self.device == "cpu":
-            times = []
-            for _ in range(2):
-                start = time.perf_counter()
-                run()
-                times.append(1000 * (time.perf_counter() - start))
-            quantiles = [median(times), min(times), min(times), max(times)]
+            start = time.perf_counter()
+            run()
+            quantiles = [1000 * (time.perf_counter() - start)] * 4
         else:
             from triton.testing import do_bench, do_bench_cudagraph
 

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cldf_fast.errors import ConfigError, DataError
-
-_KINDS: dict[str, Callable[[torch.dtype], bool]] = {
-    "floating": lambda dtype: dtype.is_floating_point,
-    "integer": lambda dtype: not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool),
-}
 
 
 def describe(tensor: Tensor) -> str:
@@ -34,13 +28,24 @@ def check_tensor(
     """
     if not isinstance(tensor, Tensor):
         raise DataError(f"{name}: expected a tensor, {_wanted(dtype, shape)}, got {type(tensor).__name__}")
-    fits = tensor.ndim == len(shape) and all(
-        isinstance(expected, str) or size == expected for size, expected in zip(tensor.shape, shape, strict=True)
-    )
-    fits = fits and (_KINDS[dtype](tensor.dtype) if isinstance(dtype, str) else tensor.dtype == dtype)
+    # Some operations take but a few dozen microseconds: this is written to take two.
+    found = tensor.shape
+    fits = len(found) == len(shape) and _is_of(tensor.dtype, dtype)
+    if fits:
+        for size, expected in zip(found, shape, strict=True):
+            if size != expected and not isinstance(expected, str):
+                fits = False
     if not fits or (like is not None and tensor.device != like.device):
         place = "" if like is None else f" on {like.device}"
         raise DataError(f"{name}: expected {_wanted(dtype, shape)}{place}, got {describe(tensor)}")
+
+
+def _is_of(dtype: torch.dtype, wanted: str | torch.dtype) -> bool:
+    if wanted == "floating":
+        return dtype.is_floating_point
+    if wanted == "integer":
+        return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+    return dtype == wanted
 
 
 def _wanted(dtype: str | torch.dtype, shape: tuple[str | int, ...]) -> str:

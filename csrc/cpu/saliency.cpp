@@ -282,22 +282,30 @@ class SaliencyMaps {
     return true;
   }
 
-  // A row at a time: along the columns, into a row that is continued beyond its ends, then along that one.
+  // kBlurRows rows at a time: along the columns, into rows that are continued beyond their ends, then along those.
   void blur(const double* in, double* out) const {
     const int64_t height = grad_.height(), width = grad_.width(), before = horizontal_.before;
-    const int64_t above = vertical_.taps.size(), across = horizontal_.taps.size();
-    const int64_t grain = shared_ ? worth_a_thread(kCombineTime * double((above + across) * width)) : height;
-    torch::stable::parallel_for(0, height, grain, [&](int64_t begin, int64_t end) {
-      std::vector<const double*> rows(std::max(above, across));
-      std::vector<double> continued(horizontal_.sources.size());
-      double* row = continued.data() + before;
-      for (int64_t y = begin; y < end; ++y) {
-        for (int64_t t = 0; t < above; ++t) rows[t] = in + vertical_.sources[y + t] * width;
-        kernels().combine(rows.data(), vertical_.taps.data(), above, width, row);
-        for (int64_t x = 0; x < before; ++x) continued[x] = row[horizontal_.sources[x]];
-        for (size_t x = before + width; x < continued.size(); ++x) continued[x] = row[horizontal_.sources[x]];
-        for (int64_t t = 0; t < across; ++t) rows[t] = continued.data() + t;
-        kernels().combine(rows.data(), horizontal_.taps.data(), across, width, out + y * width);
+    const int64_t above = vertical_.taps.size(), across = horizontal_.taps.size(), length = horizontal_.sources.size();
+    const int64_t blocks = ceil_div(height, kBlurRows), last = vertical_.sources.size() - 1;
+    const double block_time = kCombineTime * double((above + across) * width * kBlurRows);
+    const int64_t grain = shared_ ? worth_a_thread(block_time) : blocks;
+    torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+      std::vector<const double*> rows(std::max(above + kBlurRows - 1, across));
+      std::vector<double> continued(kBlurRows * length);
+      std::array<double*, kBlurRows> inner;
+      for (int64_t r = 0; r < kBlurRows; ++r) inner[r] = continued.data() + r * length + before;
+      for (int64_t top = begin * kBlurRows; top < end * kBlurRows; top += kBlurRows) {
+        // The last block's rows beyond the map are computed from its last ones, and left.
+        for (int64_t i = 0; i < above + kBlurRows - 1; ++i)
+          rows[i] = in + vertical_.sources[std::min(top + i, last)] * width;
+        kernels().combine_down(rows.data(), vertical_.taps.data(), above, width, inner.data());
+        for (int64_t r = 0; r < std::min(kBlurRows, height - top); ++r) {
+          double* row = inner[r];
+          for (int64_t x = -before; x < 0; ++x) row[x] = row[horizontal_.sources[before + x]];
+          for (int64_t x = width; x < length - before; ++x) row[x] = row[horizontal_.sources[before + x]];
+          for (int64_t t = 0; t < across; ++t) rows[t] = row - before + t;
+          kernels().combine(rows.data(), horizontal_.taps.data(), across, width, out + (top + r) * width);
+        }
       }
     });
   }

@@ -11,6 +11,9 @@ namespace cldf_fast {
 // Elements that are processed together, at most: what is known of them stays in the fastest cache.
 constexpr int64_t kChunk = 1024;
 
+// Neighbouring rows that a blur along the columns computes together, because they read nearly the same rows.
+constexpr int64_t kBlurRows = 4;
+
 enum class Dtype { float32, bfloat16, float16 };
 
 // Values in a tensor, `stride` elements from one to the next.
@@ -34,6 +37,10 @@ struct SaliencyKernels {
 
   // out[x] = sum over i of weights[i] * rows[i][x]. A blur along a row is that, of the row's shifts.
   void (*combine)(const double* const* rows, const double* weights, int64_t num_rows, int64_t count, double* out);
+
+  // The same for kBlurRows rows: out[r][x] = sum over i of weights[i] * rows[r + i][x].
+  void (*combine_down)(const double* const* rows, const double* weights, int64_t num_rows, int64_t count,
+                       double* const* out);
 
   void (*extremes)(const double* values, int64_t count, double* least, double* most);
 

@@ -158,8 +158,9 @@ CLDF_INLINE void combine_block(const double* const* rows, const double* weights,
   for (int v = 0; v < kVectors; ++v) store(out + x + v * kDoubles, sums[v]);
 }
 
-void combine(const double* const* rows, const double* weights, int64_t num_rows, int64_t count, double* out) {
-  int64_t x = 0;
+// `combine` from x on.
+void combine_from(int64_t x, const double* const* rows, const double* weights, int64_t num_rows, int64_t count,
+                  double* out) {
   for (; x + 8 * kDoubles <= count; x += 8 * kDoubles) combine_block<8>(rows, weights, num_rows, x, out);
   for (; x + kDoubles <= count; x += kDoubles) combine_block<1>(rows, weights, num_rows, x, out);
   for (; x < count; ++x) {
@@ -167,6 +168,37 @@ void combine(const double* const* rows, const double* weights, int64_t num_rows,
     for (int64_t i = 0; i < num_rows; ++i) sum += weights[i] * rows[i][x];
     out[x] = sum;
   }
+}
+
+void combine(const double* const* rows, const double* weights, int64_t num_rows, int64_t count, double* out) {
+  combine_from(0, rows, weights, num_rows, count, out);
+}
+
+// kVectors vectors of all rows of out. A row of input is read once: the taps that it meets differ from row to row.
+template <int kVectors>
+CLDF_INLINE void combine_down_block(const double* const* rows, const double* weights, int64_t num_rows, int64_t x,
+                                    double* const* out) {
+  Doubles sums[kBlurRows][kVectors] = {};
+  const auto add = [&](int64_t i, int first, int last) {
+    Doubles row[kVectors];
+    for (int v = 0; v < kVectors; ++v) row[v] = load(rows[i] + x + v * kDoubles);
+    for (int r = first; r <= last; ++r)
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += weights[i - r] * row[v];
+  };
+  constexpr int kLast = kBlurRows - 1;
+  for (int i = 0; i < kLast; ++i) add(i, 0, i);
+  for (int64_t i = kLast; i < num_rows; ++i) add(i, 0, kLast);
+  for (int i = 0; i < kLast; ++i) add(num_rows + i, i + 1, kLast);
+  for (int r = 0; r < kBlurRows; ++r)
+    for (int v = 0; v < kVectors; ++v) store(out[r] + x + v * kDoubles, sums[r][v]);
+}
+
+void combine_down(const double* const* rows, const double* weights, int64_t num_rows, int64_t count,
+                  double* const* out) {
+  int64_t x = 0;
+  if (num_rows >= kBlurRows)
+    for (; x + 2 * kDoubles <= count; x += 2 * kDoubles) combine_down_block<2>(rows, weights, num_rows, x, out);
+  for (int64_t r = 0; r < kBlurRows; ++r) combine_from(x, rows + r, weights, num_rows, count, out[r]);
 }
 
 void extremes(const double* values, int64_t count, double* least, double* most) {
@@ -240,7 +272,7 @@ void fuse(const Values& gradient_map, int64_t gradient_stride, const Values& cam
 
 }  // namespace
 
-extern const SaliencyKernels saliency_kernels{hash,        add_noise, reduce, combine, extremes,
-                                              count_up_to, collect,   scale,  fuse};
+extern const SaliencyKernels saliency_kernels{hash,     add_noise,   reduce,  combine, combine_down,
+                                              extremes, count_up_to, collect, scale,   fuse};
 
 }  // namespace cldf_fast::CLDF_ISA
