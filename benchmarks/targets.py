@@ -206,7 +206,7 @@ def _gpu() -> list[Target]:
             5,
             "GPU, features of a volume of 155 slices, 256 px, bf16",
             "features-gpu",
-            {"part": "volume", "slices": 155, "size": 256},
+            {"part": "volume", "slices": 155, "size": 256, "width": 128},
             own("roofline_share", 100),
             unit=" % of the GPU's rate",
         ),

@@ -84,9 +84,10 @@ def compare(
     """
     labels = data.require_labels()
     # Evidence wherever a method or a picture may ask for it, and once.
-    shown = labels | (cldf.label_probability(data.images) >= cldf.label_threshold)
-    evidence = cldf.evidence(data.images, shown.any(dim=1))
-    predicted = cldf.segment(data.images, evidence=evidence)
+    label_probability = cldf.label_probability(data.images)
+    present = label_probability >= cldf.label_threshold
+    evidence = cldf.evidence(data.images, (labels | present).any(dim=1))
+    predicted = cldf.segment(data.images, present, evidence)
     # Without a condition the labels only rule classes out, and the probabilities are the same.
     given = predicted if cldf.config.features.condition == "null" else cldf.segment(data.images, labels, evidence)
     own = score(native_masks(predicted.probability, predicted.present, data), predicted.present, data)
@@ -124,7 +125,7 @@ def compare(
     fused = pixel_labels(evidence, labels, cldf.thresholds()).labels
     upper_bounds["pixel_labels"] = pixel_label_scores(fused.numpy(), data.working_masks().numpy(), data.class_names)
     facts["image_labels"] = image_label_scores(
-        predicted.label_probability.numpy(),
+        label_probability.numpy(),
         labels.numpy(),
         threshold=cldf.label_threshold.tolist(),
         class_names=data.class_names,

@@ -18,13 +18,13 @@ from cldf_fast.run import DatasetRecord
 
 @dataclass(frozen=True)
 class SegmentedCase:
-    """What was written for one input, the image-level labels of its slices (bool [S, K], probability [S, K]), and what
-    is doubtful about the input."""
+    """What was written for one input. present, label_probability: as in `pipeline.Segmentation`, for its slices.
+    warnings: what is doubtful about the input."""
 
     source: Path
     files: list[Path]
     present: Tensor
-    label_probability: Tensor
+    label_probability: Tensor | None
     foreground_pixels: int
     warnings: tuple[InputWarning, ...]
 
@@ -56,7 +56,8 @@ def segment_case(
     """
     stack = volume.stack
     images = torch.from_numpy(cases.working_images(stack, cldf.config.data.size, window=window))
-    result = cldf.segment(images, None if labels is None else labels.expand(len(images), -1))
+    given = None if labels is None else labels.expand(len(images), -1)
+    result = cldf.segment(images, given, everywhere=probability)
     files, foreground_pixels = cases.write_case(
         stack,
         result.probability.numpy(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -36,13 +36,13 @@ class Segmentation:
     """Result for a batch at the working size.
 
     mask: uint8 [B, H, W], 0 background, 1..K. probability: float32 [B, K + 1, H, W], background first, sums to 1,
-    before absent classes are ruled out. label_probability: float32 [B, K], the classifier's. present: bool [B, K], the
-    image-level labels that were used.
+    before absent classes are ruled out. label_probability: float32 [B, K], the classifier's; None where labels were
+    given, since it wasn't run then. present: bool [B, K], the image-level labels that were used.
     """
 
     mask: Tensor
     probability: Tensor
-    label_probability: Tensor
+    label_probability: Tensor | None
     present: Tensor
 
 
@@ -204,10 +204,6 @@ class CLDF:
         chosen: bool [N], the images that evidence is asked for, by default all; the others' is zero.
         Raises DataError, naming the first image, where evidence is not finite.
         """
-        return self._evidence_of(images, chosen)
-
-    def _evidence_of(self, images: Tensor, chosen: Tensor | None, first: int = 0) -> Evidence:
-        """As `evidence`; an error counts images from `first`."""
         rows = torch.arange(len(images)) if chosen is None else chosen.nonzero().flatten()
         shape = (len(images), self.num_classes)
         evidence = Evidence(
@@ -218,7 +214,7 @@ class CLDF:
             evidence.gradient_map[batch] = part.gradient_map.cpu()
             evidence.cam[batch] = part.cam.cpu()
             evidence.probability[batch] = part.probability.cpu()
-        _check_finite("evidence", first, *vars(evidence).values())
+        _check_finite("evidence", *vars(evidence).values())
         return evidence
 
     def _evidence(self, x: Tensor) -> Evidence:
@@ -245,24 +241,26 @@ class CLDF:
         Raises DataError, naming the first image, where they are not finite.
         """
         parts = torch.cat([self._label_probability(batch.to(self.device)).cpu() for batch in images.split(_BATCH)])
-        _check_finite("probabilities", 0, parts)
+        _check_finite("probabilities", parts)
         return parts
 
     @torch.no_grad()
-    def segment(self, images: Tensor, labels: Tensor | None = None, evidence: Evidence | None = None) -> Segmentation:
+    def segment(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        evidence: Evidence | None = None,
+        *,
+        everywhere: bool = True,
+    ) -> Segmentation:
         """Masks of images float32 [N, C, size, size] in [-1, 1].
 
         labels: bool [N, K], given image-level labels; None: the classifier's prediction is used. evidence: what
         `evidence` gave for these images, so that it isn't computed again; read only with an evidence_weight.
+        everywhere: False leaves images that show no class to be all background, which their masks are anyway.
         An image's mask depends neither on the batch nor on the order.
-        Raises DataError, naming the first image, where the classifier's results are not finite.
+        Raises DataError, naming the first image, where pixels or results are not finite.
         """
-        parts = list(self._segment(images, labels, evidence))
-        return Segmentation(*(torch.cat(column) for column in zip(*parts, strict=True)))
-
-    def _segment(
-        self, images: Tensor, labels: Tensor | None, evidence: Evidence | None
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         if self.decoder is None or self.prototypes is None:
             raise CheckpointError(
                 "segment: expected a trained decoder and prototypes, got none; train the decoder first"
@@ -273,27 +271,38 @@ class CLDF:
                 f"labels: expected bool {list(expected)}, "
                 f"got {str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}"
             )
-        for first in range(0, len(images), _BATCH):
-            rows = slice(first, first + _BATCH)
-            x = images[rows].to(self.device)
-            predicted = self._label_probability(x).cpu()
-            # NaN reaches no threshold: the mask would be empty, as if the image had been found healthy.
-            _check_finite("probabilities", first, predicted)
-            given = predicted >= self.label_threshold if labels is None else labels[rows]
-            present = given.to(self.device)
-            condition = self.conditions(present)
-            probability = self._probability(x, condition)
-            if self.config.segmentation.average_views:
-                second = self._probability(self._second_view(x), condition)
-                probability = (probability + self._second_view(second, back=True)) / 2
-            if self.config.segmentation.evidence_weight:
-                if evidence is None:
-                    seen = self._evidence_of(x, given.any(dim=1), first).gradient_map
-                else:
-                    seen = evidence.gradient_map[rows]
-                probability = self._with_evidence(probability, seen.to(self.device))
-            mask = masks_from_probability(probability, present)
-            yield mask.cpu(), probability.cpu(), predicted, given.cpu()
+        # NaN reaches no threshold: the mask would be empty, as if the image had been found healthy.
+        _check_finite("pixels", images)
+        predicted = None
+        if labels is None:
+            predicted = self.label_probability(images)
+            labels = predicted >= self.label_threshold
+        present = labels.cpu()
+        weighs_evidence = bool(self.config.segmentation.evidence_weight)
+        if weighs_evidence and evidence is None:
+            evidence = self.evidence(images, present.any(dim=1))
+        probability = torch.zeros(len(images), self.num_classes + 1, *images.shape[2:])
+        probability[:, 0] = 1
+        mask = torch.zeros(len(images), *images.shape[2:], dtype=torch.uint8)
+        rows = (present.any(dim=1) | everywhere).nonzero().flatten()
+        for batch in rows.split(_BATCH) if len(rows) else ():
+            found = self._averaged_probability(images[batch].to(self.device), present[batch].to(self.device))
+            if weighs_evidence:
+                assert evidence is not None
+                found = self._with_evidence(found, evidence.gradient_map[batch].to(self.device))
+            probability[batch] = found.cpu()
+            mask[batch] = masks_from_probability(probability[batch], present[batch])
+        _check_finite("probabilities", probability)
+        return Segmentation(mask, probability, predicted, present)
+
+    def _averaged_probability(self, x: Tensor, present: Tensor) -> Tensor:
+        """Class probabilities [B, K + 1, H, W] by the decoder, of both views where they are averaged."""
+        condition = self.conditions(present)
+        probability = self._probability(x, condition)
+        if not self.config.segmentation.average_views:
+            return probability
+        second = self._probability(self._second_view(x), condition)
+        return (probability + self._second_view(second, back=True)) / 2
 
     def _probability(self, x: Tensor, condition: Tensor) -> Tensor:
         """Class probabilities [B, K + 1, H, W] of one view."""
@@ -312,14 +321,13 @@ class CLDF:
         return second_view(maps, mirror=self.config.data.mirror, back=back)
 
 
-def _check_finite(what: str, first: int, *results: Tensor) -> None:
-    """Raise DataError unless the classifier's results [B, ...] are finite; the first row is image number `first`."""
-    # They are on the host by now, so that looking at them synchronises with nothing.
-    finite = torch.stack([values.isfinite().flatten(1).all(dim=1) for values in results]).all(dim=0)
+def _check_finite(what: str, *values: Tensor) -> None:
+    """Raise DataError unless all that there is of N images, [N, ...] each, is finite."""
+    finite = torch.stack([each.isfinite().flatten(1).all(dim=1) for each in values]).all(dim=0)
     if not finite.all():
         raise DataError(
-            f"images: expected finite {what}, got NaN or infinity for image {first + int(finite.int().argmin())}; "
-            f"its pixels or the classifier's weights are not finite, or its gradient overflows"
+            f"images: expected finite {what}, got NaN or infinity for image {int(finite.int().argmin())}; its pixels "
+            f"or the networks' weights are not finite, or its gradient overflows"
         )
 
 

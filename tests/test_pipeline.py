@@ -31,6 +31,8 @@ def test_masks_do_not_depend_on_the_batch_or_the_order(tiny_cldf: CLDF) -> None:
     for i in (0, 7, 18):
         alone = tiny_cldf.segment(x[i : i + 1])
         assert alone.mask[0].equal(together.mask[i])
+        assert alone.label_probability is not None
+        assert together.label_probability is not None
         torch.testing.assert_close(alone.label_probability[0], together.label_probability[i], rtol=0, atol=1e-5)
     assert len(together.mask.unique()) > 2
 
@@ -41,20 +43,39 @@ def test_results_have_their_announced_form(tiny_cldf: CLDF) -> None:
     assert result.mask.dtype == torch.uint8
     assert result.probability.shape == (3, 4, 16, 16)
     torch.testing.assert_close(result.probability.sum(dim=1), torch.ones(3, 16, 16))
+    assert result.label_probability is not None
     assert result.label_probability.shape == result.present.shape == (3, 3)
     assert not result.probability.requires_grad
 
 
-def test_given_labels_are_respected_and_absent_classes_never_drawn(tiny_cldf: CLDF) -> None:
+def test_given_labels_are_respected_and_absent_classes_never_drawn(
+    tiny_cldf: CLDF, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_cldf.classifier, "forward", None)  # which it has no need of
     x = images(8)
     labels = torch.tensor([[k >> bit & 1 for bit in range(3)] for k in range(8)]).bool()
     result = tiny_cldf.segment(x, labels)
     assert result.present.equal(labels)
-    assert result.label_probability.equal(tiny_cldf.segment(x).label_probability)
+    assert result.label_probability is None
     for i in range(8):
         drawn = set(result.mask[i].unique().tolist()) - {0}
         assert drawn <= {k + 1 for k in range(3) if labels[i, k]}
     assert not result.mask[0].any()
+
+
+def test_images_without_a_class_can_be_left_out(tiny_cldf: CLDF) -> None:
+    x = images(40)
+    labels = torch.rand(40, 3) < 0.2
+    labels[7] = False
+    labels[20:37] = False  # more than a batch
+    shown = labels.any(dim=1)
+    every, some = tiny_cldf.segment(x, labels), tiny_cldf.segment(x, labels, everywhere=False)
+    assert some.mask.equal(every.mask)
+    torch.testing.assert_close(some.probability[shown], every.probability[shown], rtol=0, atol=1e-4)
+    assert (some.probability[~shown, 0] == 1).all()
+    assert not some.probability[~shown, 1:].any()
+    assert (every.probability[~shown, 0] < 1).any()
+    assert not tiny_cldf.segment(x, torch.zeros_like(labels), everywhere=False).mask.any()
 
 
 def test_predicted_labels_follow_each_class_s_threshold(tiny_cldf: CLDF) -> None:
@@ -65,6 +86,7 @@ def test_predicted_labels_follow_each_class_s_threshold(tiny_cldf: CLDF) -> None
     assert result.present.equal(probability >= tiny_cldf.label_threshold)
     assert result.present.any()
     assert not result.present.all()
+    assert result.label_probability is not None
     torch.testing.assert_close(result.label_probability, probability, rtol=0, atol=1e-6)
 
 
@@ -99,9 +121,12 @@ def test_an_image_without_finite_evidence_is_named(tiny_cldf: CLDF, value: float
     with pytest.raises(DataError, match=r"images: expected finite evidence, got NaN or infinity for image 17;"):
         tiny_cldf.evidence(x)
     assert tiny_cldf.evidence(x, torch.arange(19) != 17).gradient_map.isfinite().all()
-    for method in (tiny_cldf.label_probability, tiny_cldf.segment):
-        with pytest.raises(DataError, match=r"finite probabilities, got NaN or infinity for image 17;"):
-            method(x)
+    with pytest.raises(DataError, match=r"finite probabilities, got NaN or infinity for image 17;"):
+        tiny_cldf.label_probability(x)
+    none = torch.zeros(19, 3, dtype=torch.bool)
+    for segment in (tiny_cldf.segment, lambda x: tiny_cldf.segment(x, none, everywhere=False)):
+        with pytest.raises(DataError, match=r"finite pixels, got NaN or infinity for image 17;"):
+            segment(x)
 
 
 def test_a_gradient_that_is_not_finite_is_named(tiny_cldf: CLDF) -> None:

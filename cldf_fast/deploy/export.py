@@ -234,7 +234,8 @@ def _bottleneck(graph: nn.Module, images: Tensor) -> np.ndarray:
 
 def _write_golden(folder: Path, cldf: CLDF, graphs: Graphs, images: Tensor, names: list[str]) -> None:
     """What PyTorch says. A case without any class by its label probability is given all: its pixels count too."""
-    present = cldf.label_probability(images) >= cldf.label_threshold
+    label_probability = cldf.label_probability(images)
+    present = label_probability >= cldf.label_threshold
     present[~present.any(dim=1)] = True
     found = cldf.segment(images, present)
     arrays = {
@@ -242,7 +243,7 @@ def _write_golden(folder: Path, cldf: CLDF, graphs: Graphs, images: Tensor, name
         "present": present.numpy(),
         "probability": found.probability.numpy(),
         "mask": found.mask.numpy(),
-        "label_probability": found.label_probability.numpy(),
+        "label_probability": label_probability.numpy(),
         "bottleneck": (
             _bottleneck(graphs[BOTTLENECK], images)
             if BOTTLENECK in graphs

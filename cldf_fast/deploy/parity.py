@@ -93,6 +93,7 @@ def measure(predictor: Predictor, golden: Mapping[str, np.ndarray]) -> Parity:
     precision = predictor.precision or settings.precisions[0]
     try:
         found = predictor.segment(golden["images"], golden["present"])
+        label_probability = predictor.label_probability(golden["images"])
         bottleneck = predictor.bottleneck(golden["images"]) if settings.detector else golden["bottleneck"]
     except DataError as error:
         names = ("probability_rel_l2", "probability_max", "label_probability_max", "bottleneck_rel_l2")
@@ -109,11 +110,11 @@ def measure(predictor: Predictor, golden: Mapping[str, np.ndarray]) -> Parity:
     difference = np.abs(found.probability.astype(np.float64) - golden["probability"])
     dice = [_dice(a, b) for a, b in zip(found.mask, golden["mask"], strict=True) if a.any() or b.any()] or [1.0]
     threshold = np.array(settings.label_threshold, np.float32)
-    flips = int(((found.label_probability >= threshold) != (golden["label_probability"] >= threshold)).sum())
+    flips = int(((label_probability >= threshold) != (golden["label_probability"] >= threshold)).sum())
     values = {
         "probability_rel_l2": _relative(found.probability, golden["probability"]),
         "probability_max": float(difference.max()),
-        "label_probability_max": float(np.abs(found.label_probability - golden["label_probability"]).max()),
+        "label_probability_max": float(np.abs(label_probability - golden["label_probability"]).max()),
         "bottleneck_rel_l2": _relative(bottleneck, golden["bottleneck"]),
         "dice_mean": float(np.mean(dice)),
         "dice_min": float(min(dice)),

@@ -102,12 +102,13 @@ class Settings:
 @dataclass(frozen=True)
 class Result:
     """Of N images at the working size. probability: float32 [N, K + 1, S, S], background first, summing to 1, before
-    absent classes are ruled out. mask: uint8 [N, S, S]. present: bool [N, K]. label_probability: float32 [N, K]."""
+    absent classes are ruled out. mask: uint8 [N, S, S]. present: bool [N, K]. label_probability: float32 [N, K], the
+    exported classifier's; None where labels were given, since it wasn't run then."""
 
     probability: Floats
     mask: Mask
     present: cases.Labels
-    label_probability: Floats
+    label_probability: Floats | None
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class PredictedCase:
     source: Path
     files: list[Path]
     present: cases.Labels
-    label_probability: Floats
+    label_probability: Floats | None
     foreground_pixels: int
     warnings: tuple[InputWarning, ...]
     ood: unlike.Judgement | None
@@ -301,10 +302,13 @@ class Predictor:
         classes = len(settings.class_names)
         if labels is not None and (labels.dtype != np.bool_ or labels.shape != (len(images), classes)):
             raise DataError(f"labels: expected bool {[len(images), classes]}, got {_described(labels)}")
-        seen = in_batches(sessions["labels"], {"image": images, "noise": self._noise("labels", images)})
-        label_probability = self._output(seen, "label_probability", np.float32, (classes,))
-        _check_finite("label probabilities", label_probability)
-        present = label_probability >= np.array(settings.label_threshold, np.float32) if labels is None else labels
+        # NaN reaches no threshold: the mask would be empty, as if the image had been found healthy.
+        _check_finite("pixels", images)
+        label_probability = None
+        if labels is None:
+            label_probability = self.label_probability(images)
+            labels = label_probability >= np.array(settings.label_threshold, np.float32)
+        present = labels
         rows = np.flatnonzero(present.any(axis=1) | everywhere)
         probability = np.zeros((len(images), classes + 1, *shape[1:]), dtype=np.float32)
         probability[:, 0] = 1
@@ -318,6 +322,18 @@ class Predictor:
             mask[rows] = self._output(found, "mask", np.integer, mask.shape[1:])
         _check_finite("probabilities", probability)
         return Result(probability, mask, present, label_probability)
+
+    def label_probability(self, images: Floats) -> Floats:
+        """The exported classifier's probabilities float32 [N, K] of images as `segment` takes them.
+
+        Raises DataError as `segment` does.
+        """
+        _, settings, sessions = self._load()
+        self._check_images(images)
+        found = in_batches(sessions["labels"], {"image": images, "noise": self._noise("labels", images)})
+        probability: Floats = self._output(found, "label_probability", np.float32, (len(settings.class_names),))
+        _check_finite("label probabilities", probability)
+        return probability
 
     def _output(self, found: dict[str, Any], name: str, dtype: type, shape: tuple[int, ...]) -> Any:
         """An output [N, *shape] of a graph; IntegrityError where it is not what the directory's settings call for."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -283,15 +283,20 @@ class FrontModel:
             try:
                 wanted = request.requested_output_names()
                 image, labels = (server.get_input_tensor_by_name(request, name) for name in ("image", "labels"))
-                found = self._predictor.segment(
-                    image.as_numpy(), None if labels is None else labels.as_numpy(), everywhere="probability" in wanted
-                )
-                outputs = [server.Tensor(name, np.ascontiguousarray(getattr(found, name))) for name in wanted]
+                found = self._outputs(wanted, image.as_numpy(), None if labels is None else labels.as_numpy())
+                outputs = [server.Tensor(name, np.ascontiguousarray(found[name])) for name in wanted]
                 responses.append(server.InferenceResponse(output_tensors=outputs))
             except CLDFError as error:
                 code = server.TritonError.INVALID_ARG if isinstance(error, DataError) else server.TritonError.INTERNAL
                 responses.append(server.InferenceResponse(error=server.TritonError(str(error), code)))
         return responses
+
+    def _outputs(self, wanted: Collection[str], images: Array, labels: Array | None) -> dict[str, Array]:
+        found = self._predictor.segment(images, labels, everywhere="probability" in wanted)
+        outputs: dict[str, Array] = dict(vars(found))
+        if found.label_probability is None and "label_probability" in wanted:
+            outputs["label_probability"] = self._predictor.label_probability(images)
+        return outputs
 
     def finalize(self) -> None:
         """Nothing is held that the server does not free."""

@@ -272,7 +272,9 @@ def test_the_server_gives_what_the_predictor_gives(
         assert list(found) == list(OUTPUTS)
         for name, values in found.items():
             assert types[name] == {"f": "TYPE_FP32", "u": "TYPE_UINT8", "b": "TYPE_BOOL"}[values.dtype.kind]
-            np.testing.assert_allclose(values, getattr(expected, name), rtol=0, atol=1e-6)
+            theirs = getattr(expected, name)
+            theirs = predictor.label_probability(case[0]) if theirs is None else theirs
+            np.testing.assert_allclose(values, theirs, rtol=0, atol=1e-6)
     model.finalize()
 
 
@@ -283,7 +285,7 @@ def test_only_what_is_asked_for_is_computed(repository: Path, monkeypatch: pytes
     (mask,) = response.output_tensors()
     assert mask.as_numpy()[1].any()
     assert not mask.as_numpy()[[0, 2]].any()
-    assert server.calls == [("cldf_labels", 3), ("cldf_segmentation", 1)]
+    assert server.calls == [("cldf_segmentation", 1)]
 
 
 def test_a_request_that_fails_leaves_the_others_alone(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
