@@ -66,5 +66,6 @@ def segment_case(
         class_names=record.class_names,
         keep_probability=probability,
     )
-    doubts = (*stack.warnings, *cases.window_doubts(stack, window))
+    unlike_acquired = record.acquisition.doubts(stack, cldf.config.data.size)
+    doubts = (*stack.warnings, *unlike_acquired, *cases.window_doubts(stack, window))
     return SegmentedCase(stack.source, files, result.present, result.label_probability, foreground_pixels, doubts)

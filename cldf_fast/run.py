@@ -1,7 +1,7 @@
 """The RUN directory: everything that a trained CLDF consists of, complete in itself.
 
 config.yaml          the resolved configuration, the seed in it
-dataset.json         class and channel names, channels, and where thresholds came from
+dataset.json         class and channel names, and how the training images were acquired
 split.csv            patients of train, val and test
 cdm.safetensors  classifier.safetensors  decoder.safetensors      the first two may be converted networks
 prototypes.safetensors   vectors, bias, label_threshold
@@ -16,7 +16,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cldf_fast.config import Config, load_config, save_config
+from cldf_fast.data.acquisition import Acquisition
 from cldf_fast.errors import CheckpointError
 from cldf_fast.files import atomic_write_text
 from cldf_fast.models.adopted import AdoptedClassifier, AdoptedUNet
@@ -40,10 +41,12 @@ _DECISION = "prototypes.safetensors"
 
 @dataclass(frozen=True)
 class DatasetRecord:
-    """What the networks' inputs and outputs mean."""
+    """What the networks' inputs and outputs mean. acquisition: of the training images, as far as it is known; records
+    that differ in it alone are equal."""
 
     class_names: tuple[str, ...]
     channel_names: tuple[str, ...]
+    acquisition: Acquisition = field(default_factory=Acquisition, compare=False)
 
     @property
     def num_classes(self) -> int:
@@ -84,7 +87,8 @@ class Run:
         """What the run was trained on."""
         try:
             content = json.loads((self.path / "dataset.json").read_text(encoding="utf-8"))
-            return DatasetRecord(tuple(content["class_names"]), tuple(content["channel_names"]))
+            names = tuple(content["class_names"]), tuple(content["channel_names"])
+            return DatasetRecord(*names, Acquisition.from_json(content.get("acquisition")))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.path / 'dataset.json'}: can't be read ({error})") from error
 

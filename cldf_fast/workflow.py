@@ -19,6 +19,7 @@ from torch import Tensor
 from cldf_fast.comparison import Comparison, compare
 from cldf_fast.config import Config, save_config
 from cldf_fast.data import open_split
+from cldf_fast.data.acquisition import Acquisition
 from cldf_fast.data.base import SliceDataset
 from cldf_fast.data.packing import PackedSlices, pack
 from cldf_fast.data.splits import write_split
@@ -70,8 +71,8 @@ def train(
     """Train networks into the run directory `out`, which is made, or continued where it exists.
 
     Without `resume` a network that is already trained or begun there is trained again from the start.
-    converted: networks that take the place of a trained "cdm" or "classifier". Raises ConfigError, before anything is
-    written, where one does not fit the configuration and the data.
+    converted: networks that take the place of a trained "cdm" or "classifier". Raises ConfigError where one does not
+    fit the configuration and the data. Nothing is written before all images have been read.
     """
     fabric = fabric or make_fabric(config)
     parts = open_parts(config, data)
@@ -80,28 +81,21 @@ def train(
     if (out / "config.yaml").exists() and run.record() != record:
         raise ConfigError(f"{out}: holds a run on other classes or channels; choose another --out")
     notes = [_adoption(config, name, loaded, record) for name, loaded in (converted or {}).items()]
+    if fabric.is_global_zero and not quiet:
+        patients = len(parts["train"].subjects)
+        print(f"{', '.join(networks)} on {patients} patients of {config.data.dataset} -> {out}", file=sys.stderr)
+        for note in notes:
+            print(note, file=sys.stderr)
+    train_data, val_data = (pack(parts[name], config.data.size) for name in ("train", "val"))
+    grids = list(zip(train_data.geometries, train_data.sizes, strict=True))
+    record = replace(record, acquisition=Acquisition.of(parts["train"].modality, grids, config.data.size))
     if fabric.is_global_zero:
         run.create(config, record)
         for name, loaded in (converted or {}).items():
             run.adopt(name, loaded)
         write_split({name: part.subjects for name, part in parts.items()}, run.split_file)
-        if not quiet:
-            patients = len(parts["train"].subjects)
-            print(f"{', '.join(networks)} on {patients} patients of {config.data.dataset} -> {out}", file=sys.stderr)
-            for note in notes:
-                print(note, file=sys.stderr)
     fabric.barrier()
-    trainer = Trainer(
-        config,
-        run,
-        fabric,
-        pack(parts["train"], config.data.size),
-        pack(parts["val"], config.data.size),
-        record,
-        resume,
-        quiet,
-    )
-    trainer.fit(networks)
+    Trainer(config, run, fabric, train_data, val_data, record, resume, quiet).fit(networks)
     if fabric.is_global_zero:
         draw_loss_curves(run)
 

@@ -14,7 +14,10 @@ import yaml
 from typer.testing import CliRunner
 
 from cldf_fast.cli import app, parse_label_numbers, parse_overrides, parse_range
+from cldf_fast.data.acquisition import Acquisition
+from cldf_fast.data.phantom import phantom_split
 from cldf_fast.errors import ConfigError
+from cldf_fast.run import Run
 
 runner = CliRunner()
 
@@ -64,6 +67,8 @@ def test_a_run_is_complete_in_itself(trained: Path) -> None:
     } <= present
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3] * 3
+    phantom = phantom_split(size=32)["train"].refs[0].read()
+    assert Run(trained).record().acquisition == Acquisition.of(None, [(phantom.geometry, (32, 32))], 32)
 
 
 def test_segment_writes_masks_in_the_input_s_geometry_and_refuses_by_exit_code(trained: Path, tmp_path: Path) -> None:

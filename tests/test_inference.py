@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from cldf_fast.data.acquisition import Acquisition
 from cldf_fast.data.volumes import read_volume
 from cldf_fast.errors import ConfigError, DataError
 from cldf_fast.inference import parse_labels, read_case, segment_case
@@ -50,6 +51,16 @@ def test_a_nifti_case_keeps_its_geometry(tiny_cldf: CLDF, real_data: Path, tmp_p
     assert nibabel.aff2axcodes(written.affine) == ("L", "A", "S")
     np.testing.assert_array_equal(written.affine, source.affine)
     assert int((np.asarray(written.dataobj) > 0).sum()) == case.foreground_pixels > 0
+
+
+def test_what_differs_from_the_training_images_is_doubtful(tiny_cldf: CLDF, tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(np.random.default_rng().random((16, 16, 2), dtype=np.float32), np.diag([3, 3, 3, 1]))
+    nibabel.save(image, tmp_path / "x.nii")
+    volume = read_case(str(tmp_path / "x.nii"), 2, replicate=True)
+    for pixel_mm, expected in ((None, []), ((1.0, 2.0), []), ((1.0, 1.4), ["other_pixel_size"])):
+        record = DatasetRecord(RECORD.class_names, RECORD.channel_names, Acquisition("CT", pixel_mm))
+        case = segment_case(tiny_cldf, record, volume, tmp_path / "out")
+        assert [doubt.code for doubt in case.warnings if doubt.code.startswith("other")] == expected
 
 
 def test_a_dicom_series_gives_the_same_frames_in_any_file_order(

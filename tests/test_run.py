@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cldf_fast.config import make_config
+from cldf_fast.data.acquisition import Acquisition
 from cldf_fast.errors import CheckpointError
 from cldf_fast.pipeline import CLDF
 from cldf_fast.run import DatasetRecord, Run
@@ -49,6 +50,21 @@ def test_what_is_saved_loads_to_the_same_masks(tiny_cldf: CLDF, run: Run) -> Non
         assert module is not None
         assert not module.training
         assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_a_record_tells_how_the_training_images_were_acquired(tiny_cldf: CLDF, tmp_path: Path) -> None:
+    run, file = Run(tmp_path / "run"), tmp_path / "run" / "dataset.json"
+    known = DatasetRecord(RECORD.class_names, RECORD.channel_names, Acquisition("MR", (0.5, 2.0)))
+    run.create(tiny_cldf.config, known)
+    assert run.record().acquisition == known.acquisition
+    assert run.record() == RECORD  # the same classes and channels
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(content | {"acquisition": {"modality": "MR", "pixel_mm": [2, 1]}}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"dataset\.json: can't be read \(pixel_mm: expected 0 < smallest"):
+        run.record()
+    del content["acquisition"]  # as runs of before
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert run.record().acquisition == Acquisition()
 
 
 def test_a_run_without_a_decoder_loads_its_networks(tiny_cldf: CLDF, run: Run) -> None:

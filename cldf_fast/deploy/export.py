@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cldf_fast import __version__
+from cldf_fast.data.acquisition import Acquisition
 from cldf_fast.data.base import SliceDataset
 from cldf_fast.data.packing import PackedSlices, pack
 from cldf_fast.deploy import ood, parity
-from cldf_fast.deploy.acquisition import Acquisition
 from cldf_fast.deploy.graph import BottleneckGraph, LabelGraph, SegmentationGraph
 from cldf_fast.deploy.manifest import EngineKey, operating_system, seal
 from cldf_fast.deploy.model_card import Told, model_card
@@ -102,7 +102,7 @@ def export(
     parts = open_parts(run.config(), data) if data is not None or run.config().data.dataset == "phantom" else None
     if parts is not None and len(parts["val"].refs) > 1:
         graphs[BOTTLENECK] = BottleneckGraph(cldf)
-    detector, acquisition = None, Acquisition()
+    detector, acquisition = None, record.acquisition
     if parts is not None:
         detector, acquisition = _learn(parts, cldf.config.data.size, graphs.get(BOTTLENECK))
     images, names = golden_images(run, None if parts is None else parts["val"])

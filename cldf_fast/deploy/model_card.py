@@ -11,7 +11,7 @@ from typing import Any
 
 from cldf_fast import __version__
 from cldf_fast.config import Config
-from cldf_fast.deploy.acquisition import Acquisition
+from cldf_fast.data.acquisition import Acquisition
 from cldf_fast.deploy.manifest import EngineKey
 from cldf_fast.deploy.parity import Parity
 from cldf_fast.deploy.predictor import RESEARCH_USE

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from cldf_fast import cases
+from cldf_fast.data.acquisition import Acquisition
 from cldf_fast.data.grid import Floats, Mask
 from cldf_fast.data.stacks import Stack
 from cldf_fast.deploy import ood as unlike
-from cldf_fast.deploy.acquisition import Acquisition
 from cldf_fast.deploy.manifest import SealedDirectory, open_sealed
 from cldf_fast.deploy.noise import pixel_seed, standard_normal
 from cldf_fast.deploy.runtime import OnnxSession, Session, in_batches

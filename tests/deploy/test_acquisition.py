@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 from cldf_fast import cases
 from cldf_fast.cli import app
+from cldf_fast.data.acquisition import Acquisition
 from cldf_fast.data.base import SliceDataset, Study, StudyRef
 from cldf_fast.data.geometry import Geometry
 from cldf_fast.data.stacks import read_stack
 from cldf_fast.deploy import export as exporting
-from cldf_fast.deploy.acquisition import Acquisition
 from cldf_fast.deploy.manifest import seal
 from cldf_fast.deploy.ood import Judgement
 from cldf_fast.deploy.prediction import Outcome, predict

@@ -36,7 +36,7 @@ class Acquisition:
 
     @classmethod
     def from_json(cls, content: dict[str, Any] | None) -> Acquisition:
-        """What `to_json` made; None, in directories that were exported before there was this: nothing is known.
+        """What `to_json` made; None, in directories that were written before there was this: nothing is known.
 
         Raises KeyError, TypeError or ValueError for anything else.
         """
@@ -53,7 +53,7 @@ class Acquisition:
         return cls(modality, (low, high))
 
     def to_json(self) -> dict[str, Any]:
-        """For preprocessing.json."""
+        """For a run's dataset.json and an engine directory's preprocessing.json."""
         return asdict(self)
 
     def doubts(self, stack: Stack, working_size: int) -> Iterator[InputWarning]:
