@@ -11,19 +11,16 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from cldf_fast.errors import BackendError
-from cldf_fast.ops import backend_report, sample_anchors
+from cldf_fast.ops import sample_anchors
 from tests.ops.again import run_again
+from tests.ops.backends import check_threads_change_no_bit, needs
 
 
 @pytest.fixture(params=["cpu", "triton"])
 def impl(request: pytest.FixtureRequest) -> str:
-    """A backend that this machine has; Triton runs on a CPU where it is asked to interpret its kernels."""
+    """A backend that this machine has."""
     backend = str(request.param)
-    if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("Triton's kernels are interpreted where TRITON_INTERPRET=1")
-    state = backend_report()["sample_anchors"][backend]
-    if state != "serving":
-        pytest.skip(f"{backend}: {state}")
+    needs(backend, "sample_anchors")
     return backend
 
 
@@ -89,22 +86,13 @@ def test_with_weights_backends_agree_but_for_rounding(
 
 
 def test_the_same_pixels_whatever_the_number_of_threads() -> None:
-    if backend_report()["sample_anchors"]["cpu"] != "serving":
-        pytest.skip("the compiled extension is absent")
-    labels, threads, draws = torch.randint(-1, 3, (2, 300, 211)), torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            draws.append(sample_anchors(labels, num_classes=3, per_class=50, seed=5, impl="cpu")[0])
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(draws[0], draws[1])
-    assert torch.equal(draws[0], draws[2])
+    needs("cpu", "sample_anchors")
+    labels = torch.randint(-1, 3, (2, 300, 211))
+    check_threads_change_no_bit(lambda: sample_anchors(labels, num_classes=3, per_class=50, seed=5, impl="cpu"))
 
 
 def test_an_image_of_many_pixels() -> None:
-    if backend_report()["sample_anchors"]["cpu"] != "serving":
-        pytest.skip("the compiled extension is absent")
+    needs("cpu", "sample_anchors")
     labels = torch.zeros(1, 4096, 8192, dtype=torch.int8)
     labels[0, 100:105, 7] = 1
     labels[0, 4095, 8191] = 1

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.library import opcheck
 
 from cldf_fast.errors import BackendError, DataError
-from cldf_fast.ops import backend_report, conv3x3
+from cldf_fast.ops import conv3x3
 from tests.ops.again import run_again
+from tests.ops.backends import check_threads_change_no_bit, needs
 from tests.ops.gradients import with_gradients
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -35,8 +36,7 @@ TOLERANCE = 2e-6
 
 @pytest.fixture(params=["reference", "cpu"])
 def impl(request: pytest.FixtureRequest) -> str:
-    if (state := backend_report()["conv3x3"][request.param]) != "serving":
-        pytest.skip(f"{request.param}: {state}")
+    needs(request.param, "conv3x3")
     return str(request.param)
 
 
@@ -110,23 +110,14 @@ def test_images_do_not_know_of_each_other(impl: str, shape: tuple[int, ...]) -> 
             torch.testing.assert_close(alone, together[n])
 
 
-def test_threads_change_no_bit() -> None:
-    if backend_report()["conv3x3"]["cpu"] != "serving":
-        pytest.skip("the compiled extension is absent")
-    threads = torch.get_num_threads()
-    for shape in ((3, 16, 24, 67, 70), (2, 24, 130, 9, 15)):
-        inputs = drawn(shape)
-        x, weight, bias, residual = inputs
-        grad = torch.randn(residual.shape)
-        results = []
-        for count in (1, 2, 5):
-            try:
-                torch.set_num_threads(count)
-                result = conv3x3(x, weight, bias, residual=residual, impl="cpu")
-                results.append(with_gradients(result, [x], grad))
-            finally:
-                torch.set_num_threads(threads)
-        assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+@pytest.mark.parametrize("shape", [(3, 16, 24, 67, 70), (2, 24, 130, 9, 15)], ids=["many_tiles", "few_tiles"])
+def test_threads_change_no_bit(shape: tuple[int, ...]) -> None:
+    needs("cpu", "conv3x3")
+    x, weight, bias, residual = drawn(shape)
+    grad = torch.randn(residual.shape)
+    check_threads_change_no_bit(
+        lambda: with_gradients(conv3x3(x, weight, bias, residual=residual, impl="cpu"), [x], grad)
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -152,8 +143,7 @@ def test_views_are_read_right(impl: str) -> None:
 
 @pytest.mark.parametrize("capability", ["avx2", "baseline"])
 def test_lesser_instruction_sets(capability: str) -> None:
-    if backend_report()["conv3x3"]["cpu"] != "serving":
-        pytest.skip("the compiled extension is absent")
+    needs("cpu", "conv3x3")
     if os.environ.get("CLDF_FAST_CPU_CAPABILITY") == capability:
         pytest.skip("this is the run with it")
     run_again(__file__, {"CLDF_FAST_CPU_CAPABILITY": capability}, "cpu and (values or alike or finite)")
@@ -192,8 +182,7 @@ def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
 
 
 def test_other_precisions_are_for_the_reference() -> None:
-    if backend_report()["conv3x3"]["cpu"] != "serving":
-        pytest.skip("the compiled extension is absent")
+    needs("cpu", "conv3x3")
     x, weight = torch.randn(1, 2, 3, 3).bfloat16(), torch.randn(2, 2, 3, 3).bfloat16()
     with pytest.raises(BackendError, match=r"cpu can't serve conv3x3 \(needs float32, got bfloat16\)"):
         conv3x3(x, weight, impl="cpu")

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cldf_fast.errors import BackendError
-from cldf_fast.ops import _dispatch, backend_report, pixel_infonce, pixel_infonce_sum, pixel_infonce_with_valid
+from cldf_fast.ops import _dispatch, pixel_infonce, pixel_infonce_sum, pixel_infonce_with_valid
 from tests.ops.again import run_again
+from tests.ops.backends import check_threads_change_no_bit, needs
 
 VARIANTS = ("per_positive", "supcon")
 HALF = (torch.bfloat16, torch.float16)
@@ -28,14 +29,9 @@ def tolerance_of(impl: str, dtype: torch.dtype) -> float:
 
 @pytest.fixture(params=["cpu", "triton", "triton, sorted"])
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A backend that this machine has; Triton runs on a CPU where it is asked to interpret its kernels."""
+    """A backend that this machine has."""
     backend, *sort = str(request.param).split(", ")
-    if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("Triton's kernels are interpreted where TRITON_INTERPRET=1")
-    states = {op: backend_report()[op][backend] for op in ("pixel_infonce", "pixel_infonce_backward")}
-    missing = [state for state in states.values() if state != "serving"]
-    if missing:
-        pytest.skip(f"{backend}: {missing[0]}")
+    needs(backend, "pixel_infonce", "pixel_infonce_backward")
     if sort:
         from cldf_fast.kernels import infonce
 
@@ -306,27 +302,21 @@ def test_a_bank_is_more_candidates_without_gradient(impl: str, reduction: str, v
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_more_candidates_than_are_held_at_once(variant: str) -> None:
-    if backend_report()["pixel_infonce"]["cpu"] != "serving":
-        pytest.skip("the compiled extension is absent")
+    needs("cpu", "pixel_infonce")
     inputs = drawn(70, 70_001, 3, 3)
     compare("cpu", *inputs, self_index=torch.randint(-1, 70_001, (70,)), variant=variant, tolerance=1e-5)
 
 
 def test_the_number_of_threads_does_not_matter() -> None:
-    if backend_report()["pixel_infonce"]["cpu"] != "serving":
-        pytest.skip("the compiled extension is absent")
+    needs("cpu", "pixel_infonce")
     inputs = drawn(200, 3000, 20, 3)
     features = [x.requires_grad_() for x in inputs[:2]]
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            loss = pixel_infonce(*inputs, reduction="sum", impl="cpu")
-            results.append((loss, *torch.autograd.grad(loss, features)))
-    finally:
-        torch.set_num_threads(threads)
-    for one, *others in zip(*results, strict=True):
-        assert all(torch.equal(one, other) for other in others)
+
+    def run() -> tuple[Tensor, ...]:
+        loss = pixel_infonce(*inputs, reduction="sum", impl="cpu")
+        return (loss, *torch.autograd.grad(loss, features))
+
+    check_threads_change_no_bit(run)
 
 
 @pytest.mark.slow
@@ -346,8 +336,7 @@ def test_triton_under_its_interpreter() -> None:
 
 
 def test_a_million_candidates_need_no_matrix() -> None:
-    if backend_report()["pixel_infonce"]["cpu"] != "serving":
-        pytest.skip("the compiled extension is absent")
+    needs("cpu", "pixel_infonce")
     anchors, candidates, *labels = drawn(2000, 1_000_000, 4, 2)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     loss = pixel_infonce(anchors.requires_grad_(), candidates, *labels, variant="supcon", impl="cpu")
@@ -361,8 +350,7 @@ def test_a_million_candidates_need_no_matrix() -> None:
 
 
 def test_cpu_says_what_it_can_not_serve() -> None:
-    if backend_report()["pixel_infonce"]["cpu"] != "serving":
-        pytest.skip("the compiled extension is absent")
+    needs("cpu", "pixel_infonce")
     inputs = drawn(3, 4, 2, 2, torch.float64)
     with pytest.raises(BackendError, match="needs float32, float16 or bfloat16, got float64"):
         pixel_infonce(*inputs, impl="cpu")

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.library import opcheck
 
 from cldf_fast.errors import BackendError, ConfigError, DataError
-from cldf_fast.ops import backend_report, group_norm
+from cldf_fast.ops import group_norm
 from tests.ops.again import run_again
+from tests.ops.backends import check_threads_change_no_bit, needs
 from tests.ops.gradients import with_gradients
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -33,8 +34,7 @@ SHAPES = [  # B, C, H, W, groups
 
 @pytest.fixture(params=["reference", "cpu"])
 def impl(request: pytest.FixtureRequest) -> str:
-    if (state := backend_report()["group_norm"][request.param]) != "serving":
-        pytest.skip(f"{request.param}: {state}")
+    needs(request.param, "group_norm")
     return str(request.param)
 
 
@@ -110,22 +110,13 @@ def test_images_do_not_know_of_each_other(impl: str) -> None:
         assert torch.equal(alone[0], together[n])
 
 
-def test_threads_change_no_bit() -> None:
-    if backend_report()["group_norm"]["cpu"] != "serving":
-        pytest.skip("the compiled extension is absent")
-    threads = torch.get_num_threads()
-    for shape in ((3, 16, 67, 70, 8), (9, 16, 33, 70, 8)):
-        x, affine = drawn(shape, torch.channels_last, ("weight", "bias", "scale"))
-        grad = torch.randn(x.shape)
-        results = []
-        for count in (1, 2, 5):
-            try:
-                torch.set_num_threads(count)
-                result = group_norm(x, 8, **affine, silu=True, impl="cpu")
-                results.append(with_gradients(result, [x, *affine.values()], grad))
-            finally:
-                torch.set_num_threads(threads)
-        assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+@pytest.mark.parametrize("shape", [(3, 16, 67, 70, 8), (9, 16, 33, 70, 8)], ids=["few_images", "many_images"])
+def test_threads_change_no_bit(shape: tuple[int, ...]) -> None:
+    needs("cpu", "group_norm")
+    x, affine = drawn(shape, torch.channels_last, ("weight", "bias", "scale"))
+    grad = torch.randn(x.shape)
+    inputs = [x, *affine.values()]
+    check_threads_change_no_bit(lambda: with_gradients(group_norm(x, 8, **affine, silu=True, impl="cpu"), inputs, grad))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -166,8 +157,7 @@ def test_views_are_read_right(impl: str) -> None:
 
 @pytest.mark.parametrize("capability", ["avx2", "baseline"])
 def test_lesser_instruction_sets(capability: str) -> None:
-    if backend_report()["group_norm"]["cpu"] != "serving":
-        pytest.skip("the compiled extension is absent")
+    needs("cpu", "group_norm")
     if os.environ.get("CLDF_FAST_CPU_CAPABILITY") == capability:
         pytest.skip("this is the run with it")
     run_again(__file__, {"CLDF_FAST_CPU_CAPABILITY": capability}, "cpu and (252 or 16-5-7 or 64-66 or finite)")
@@ -208,8 +198,7 @@ def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
 
 
 def test_other_precisions_are_for_the_reference() -> None:
-    if backend_report()["group_norm"]["cpu"] != "serving":
-        pytest.skip("the compiled extension is absent")
+    needs("cpu", "group_norm")
     x, weight, bias = torch.randn(1, 2, 3, 3).bfloat16(), torch.ones(2).bfloat16(), torch.zeros(2).bfloat16()
     with pytest.raises(BackendError, match=r"cpu can't serve group_norm \(needs float32, got bfloat16\)"):
         group_norm(x, 2, weight, bias, impl="cpu")

@@ -15,7 +15,6 @@ from torch.library import opcheck
 from cldf_fast.errors import BackendError
 from cldf_fast.ops import (
     _dispatch,
-    backend_report,
     fuse_evidence,
     gradient_saliency,
     noised_batch,
@@ -23,6 +22,7 @@ from cldf_fast.ops import (
     reference,
 )
 from tests.ops.again import run_again
+from tests.ops.backends import check_threads_change_no_bit, needs
 
 BACKENDS = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 REDUCTIONS = ("max_abs", "sum_abs", "l2")
@@ -34,9 +34,7 @@ OPERATIONS = ("pixel_seed", "noised_batch", "gradient_saliency", "fuse_evidence"
 @pytest.fixture(params=BACKENDS)
 def impl(request: pytest.FixtureRequest) -> str:
     """A backend that this machine has."""
-    for op in OPERATIONS:
-        if (state := backend_report()[op][request.param]) != "serving":
-            pytest.skip(f"{request.param}: {state}")
+    needs(request.param, *OPERATIONS)
     return str(request.param)
 
 
@@ -263,8 +261,7 @@ def test_the_percentile_is_exact(impl: str, name: str, percentile: float) -> Non
 
 
 def test_maps_on_the_cpu_are_rounded_once() -> None:
-    if backend_report()["gradient_saliency"]["cpu"] != "serving":
-        pytest.skip("the compiled extension is absent")
+    needs("cpu", "gradient_saliency")
     grad = torch.randn(5, 8, 4, 61, 67)
     for reduce in REDUCTIONS:
         options = {"reduce": reduce, "percentile": 0.99, "sigma": 1.5, "level_norm": True}
@@ -362,18 +359,9 @@ def test_the_same_call_gives_the_same_bits(impl: str) -> None:
 
 @pytest.mark.parametrize("batch", [1, 2, 7])
 def test_the_number_of_threads_does_not_matter(batch: int) -> None:
-    if backend_report()["gradient_saliency"]["cpu"] != "serving":
-        pytest.skip("the compiled extension is absent")
+    needs("cpu", "gradient_saliency")
     inputs = torch.randn(batch, 4, 150, 133), ALPHA_BAR, torch.rand(batch, 3) < 0.7
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3, 8):
-            torch.set_num_threads(count)
-            results.append(chain("cpu", *inputs))
-    finally:
-        torch.set_num_threads(threads)
-    for one, *others in zip(*results, strict=True):
-        assert all(torch.equal(one, other) for other in others)
+    check_threads_change_no_bit(lambda: chain("cpu", *inputs), (1, 2, 3, 8))
 
 
 def test_operators_are_registered_rightly(impl: str) -> None:
