@@ -99,7 +99,7 @@ def model_card(told: Told, measured: Sequence[Parity]) -> str:
 def _acquisition(told: Told) -> list[str]:
     """A line a property that is checked, or why it is not."""
     size, modality, pixel_mm = told.config.data.size, told.acquisition.modality, told.acquisition.pixel_mm
-    unknown = "not known: the data set does not tell, or was not at hand at the export. Nothing checks it."
+    unknown = "not known: the data set does not tell, or the run is older than such records. Nothing checks it."
     return [
         f"- Modality: {unknown}"
         if modality is None

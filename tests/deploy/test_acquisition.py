@@ -272,10 +272,19 @@ def test_an_export_knows_what_its_data_set_tells(
     assert Predictor(tmp_path / "engine").load().acquisition == expected
     card = (tmp_path / "engine/MODEL_CARD.md").read_text(encoding="utf-8")
     if modality is None:
-        assert card.count("not known: the data set does not tell, or was not at hand at the export.") == 2
+        assert card.count("not known: the data set does not tell, or the run is older than such records.") == 2
     else:
         assert "- Modality: MR. DICOM of another is warned of" in card
         assert "- Pixel size: 0.5 to 1.5 mm at 16 x 16 pixels." in card
+
+
+def test_without_its_data_set_an_export_knows_what_the_run_does(run: Run, tmp_path: Path) -> None:
+    copied = Run(Path(shutil.copytree(run.path, tmp_path / "run")))
+    record = json.loads((copied.path / "dataset.json").read_text(encoding="utf-8"))
+    record["acquisition"] = {"modality": "CT", "pixel_mm": [0.7, 1.3]}
+    (copied.path / "dataset.json").write_text(json.dumps(record), encoding="utf-8")
+    exporting.export(copied, tmp_path / "engine", precisions=("float32",))
+    assert Predictor(tmp_path / "engine").load().acquisition == Acquisition("CT", (0.7, 1.3))
 
 
 def test_a_directory_of_before_loads(engine: Path, tmp_path: Path) -> None:
