@@ -24,7 +24,7 @@ from cldf_fast.data.stacks import Stack
 from cldf_fast.deploy import ood as unlike
 from cldf_fast.deploy.manifest import SealedDirectory, open_sealed
 from cldf_fast.deploy.noise import pixel_seed, standard_normal
-from cldf_fast.deploy.runtime import OnnxSession, Session, in_batches
+from cldf_fast.deploy.runtime import Array, OnnxSession, Session
 from cldf_fast.errors import (
     BackendError,
     ConfigError,
@@ -297,7 +297,7 @@ class Predictor:
         batch nor on the order.
         Raises DataError for another shape or dtype, and where a result is not finite.
         """
-        _, settings, sessions = self._load()
+        settings = self.load()
         shape = self._check_images(images)
         classes = len(settings.class_names)
         if labels is not None and (labels.dtype != np.bool_ or labels.shape != (len(images), classes)):
@@ -314,10 +314,7 @@ class Predictor:
         probability[:, 0] = 1
         mask = np.zeros((len(images), *shape[1:]), dtype=np.uint8)
         if len(rows):
-            chosen = images[rows]
-            noise = self._noise("segmentation", chosen)
-            inputs = {"image": chosen, "noise": noise, "present": present[rows].astype(np.float32)}
-            found = in_batches(sessions["segmentation"], inputs)
+            found = self._run("segmentation", images[rows], present=present[rows].astype(np.float32))
             probability[rows] = self._output(found, "probability", np.float32, probability.shape[1:])
             mask[rows] = self._output(found, "mask", np.integer, mask.shape[1:])
         _check_finite("probabilities", probability)
@@ -328,10 +325,9 @@ class Predictor:
 
         Raises DataError as `segment` does.
         """
-        _, settings, sessions = self._load()
         self._check_images(images)
-        found = in_batches(sessions["labels"], {"image": images, "noise": self._noise("labels", images)})
-        probability: Floats = self._output(found, "label_probability", np.float32, (len(settings.class_names),))
+        shape = (len(self.load().class_names),)
+        probability: Floats = self._output(self._run("labels", images), "label_probability", np.float32, shape)
         _check_finite("label probabilities", probability)
         return probability
 
@@ -350,12 +346,10 @@ class Predictor:
 
         Raises DataError as `segment` does, ConfigError where the directory has no such graph.
         """
-        sessions = self._load()[2]
-        if BOTTLENECK not in sessions:
+        if BOTTLENECK not in self._load()[2]:
             raise ConfigError(f"{self.folder}: has no graph {BOTTLENECK}; export with the data set at hand (--data)")
         self._check_images(images)
-        inputs = {"image": images, "noise": self._noise(BOTTLENECK, images)}
-        found = in_batches(sessions[BOTTLENECK], inputs)[BOTTLENECK]
+        found = self._run(BOTTLENECK, images)[BOTTLENECK]
         _check_finite("bottleneck features", found)
         return found
 
@@ -377,9 +371,20 @@ class Predictor:
             raise DataError(f"images: expected float32 [N, {', '.join(map(str, shape))}], got {_described(images)}")
         return shape
 
+    def _run(self, graph: str, images: Floats, **inputs: Array) -> dict[str, Array]:
+        """A graph's outputs by name for N images and what else it takes of each of them, in calls of at most its
+        session's max_batch; noise, which is many times as large as the images, is drawn for one call at a time."""
+        session = self._load()[2][graph]
+        parts = []
+        for first in range(0, len(images), session.max_batch):
+            rows = slice(first, first + session.max_batch)
+            more = {name: values[rows] for name, values in inputs.items()}
+            parts.append(session({"image": images[rows], "noise": self._noise(graph, images[rows]), **more}))
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
     def _noise(self, graph: str, images: Floats) -> Floats:
         """Noise [N, V, T, C, S, S] of a graph, seeded by the pixels of each view."""
-        _, settings, _ = self._load()
+        settings = self.load()
         views = [images, second_view(images, mirror=settings.mirror)][: settings.views[graph]]
         levels = settings.levels[graph]
         return np.stack([standard_normal(pixel_seed(view), levels, view.shape[1:]) for view in views], axis=1)

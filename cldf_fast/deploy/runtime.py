@@ -77,13 +77,3 @@ class OnnxSession:
 def _one_line(error: Exception) -> str:
     """What it says, in printable characters: it may quote the model's bytes."""
     return "".join(letter if letter.isprintable() else " " for letter in str(error))
-
-
-def in_batches(session: Session, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """A session's outputs for any number of rows, in calls of at most max_batch."""
-    rows = len(next(iter(inputs.values())))
-    parts = [
-        session({name: values[first : first + session.max_batch] for name, values in inputs.items()})
-        for first in range(0, rows, session.max_batch)
-    ]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
