@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +108,32 @@ def _channel_doubts(stack: Stack) -> Iterator[InputWarning]:
                     f"{stack.source}: channels {other + 1} and {index + 1} of {len(channels)} are equal",
                     code="equal_channels",
                 )
+
+
+class OutputFolder:
+    """A folder of masks, in which no study's files take the place of another's.
+
+    path: the folder. owners: of files that are there already, by name, the study.
+    """
+
+    def __init__(self, path: Path, owners: Mapping[str, str] | None = None) -> None:
+        self.path = path
+        self._owners = dict(owners or {})
+
+    def take(self, study: str, files: Sequence[Path]) -> list[Path]:
+        """Move a study's files here; their new paths. Raises DataError where one has the name of another study's."""
+        for file in files:
+            if file.name in self._owners:
+                raise DataError(
+                    f"out: {file.name} is the name of the mask of {self._owners[file.name]} too; segment studies whose "
+                    f"files have the same names into folders of their own",
+                    code="output_name_taken",
+                )
+        moved = [self.path / file.name for file in files]
+        for file, place in zip(files, moved, strict=True):
+            os.replace(file, place)
+            self._owners[place.name] = study
+        return moved
 
 
 def masks_from_probability(probability: Floats, present: Labels) -> Mask:

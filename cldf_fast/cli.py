@@ -19,7 +19,26 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from cldf_fast import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass  # The options before a command; its help is that of `app`.
+
 
 DataFolder = Annotated[Path | None, typer.Option("--data", help="Folder of the data set (the phantom has none).")]
 
@@ -140,6 +159,7 @@ def segment(
     replicate: Annotated[bool, typer.Option(help="Use a single channel for all channels of the network.")] = False,
 ) -> None:
     """Segment images; masks come in the input's own format and geometry. Exit code 3: some inputs were refused."""
+    from cldf_fast.cases import OutputFolder
     from cldf_fast.errors import CLDFError, ConfigError
     from cldf_fast.inference import parse_labels, read_case, segment_case
     from cldf_fast.run import Run
@@ -150,11 +170,11 @@ def segment(
         raise ConfigError(f"{run}: has no decoder yet; run `cldf-fast train decoder --out {run}` first")
     given = None if labels is None else parse_labels(labels, record.class_names)
     limits = None if window is None else parse_range("--window", window)
-    refused = 0
+    refused, masks = 0, OutputFolder(out)
     for text in inputs:
         try:
             volume = read_case(text, record.num_channels, replicate=replicate)
-            case = segment_case(cldf, record, volume, out, labels=given, window=limits, probability=probability)
+            case = segment_case(cldf, record, volume, masks, labels=given, window=limits, probability=probability)
         except CLDFError as error:
             refused += 1
             typer.echo(f"refused ({error.code}): {error}", err=True)
@@ -265,6 +285,10 @@ def export(
             [name for name, value in made_before.items() if value],
         )
         return
+    if capability and format_ is not ExportFormat.tensorrt_rtx:
+        raise ConfigError(
+            f"--capability: engines for several GPUs are those of --format tensorrt-rtx, got --format {format_.value}"
+        )
     if public_key is not None:
         raise ConfigError(
             f"--public-key: not for --format {format_.value}, which writes an engine directory; sign it with --sign"
@@ -614,6 +638,11 @@ def main() -> None:
         sys.exit(4)
     except CLDFError as error:
         typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:  # a folder that can't be made, a full disk, a file that may not be read
+        if error.filename is None or error.strerror is None:
+            raise
+        typer.echo(f"error: {error.filename}: {error.strerror}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)

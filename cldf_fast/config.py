@@ -6,6 +6,8 @@ the phantom and on LGG, and may be changed in a run's configuration. Unknown key
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -189,7 +191,7 @@ class SegmentationConfig(Section):
 class DataConfig(Section):
     """What the run is trained on. size: working size in pixels, square; networks see every slice at this size."""
 
-    dataset: Literal["phantom", "lgg", "brats", "chaos", "nnunet"] = "phantom"
+    dataset: Literal["phantom", "labelled", "lgg", "brats", "chaos", "nnunet"] = "phantom"
     size: Positive = 64
     options: dict[str, Any] = Field(default_factory=dict, description="arguments of the data set's reader")
     mirror: bool = Field(
@@ -260,11 +262,23 @@ def make_config(values: dict[str, Any], source: str = "configuration") -> Config
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"{source}: {key}: there is no such key; {_meant(first['loc'])}") from error
         # A rule between sections names its key itself, and its input would be the whole configuration.
         message = (
             f"{key}: {first['msg']}, got {first['input']!r}" if key else first["msg"].removeprefix("Value error, ")
         )
         raise ConfigError(f"{source}: {message}") from error
+
+
+def _meant(place: Sequence[int | str]) -> str:
+    """Which key may have been meant by an unknown one at this place."""
+    section: Any = Config
+    for part in place[:-1]:
+        section = section.model_fields[part].annotation
+    known = list(section.model_fields)
+    close = get_close_matches(str(place[-1]), known, n=1)
+    return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cldf_fast.diffusion import Diffusion
-from cldf_fast.errors import ConfigError
+from cldf_fast.errors import ConfigError, DataError
 from cldf_fast.models.adopted import AdoptedUNet
 from cldf_fast.models.reading import BlockReader, Call, ModuleReader, UNetReader
 from cldf_fast.models.unet import UNet
 from cldf_fast.ops import noised_batch, pixel_seed
-from cldf_fast.ops._arguments import check_tensor
+from cldf_fast.ops._arguments import check_tensor, describe
 from cldf_fast.passes import check_max_batch, split_rows
 
 _Visit = Callable[[int, Tensor, int], None]
@@ -157,6 +157,8 @@ class DiffusionFeatures:
         """Calls visit for every map and pass, as soon as it is there."""
         check_tensor("x", x, "floating", ("B", self.reader.channels, "H", "W"))
         levels, batch = len(self.steps), len(x)
+        if condition is not None and condition.shape[:1] != (batch,):
+            raise DataError(f"condition: expected a row for each of {batch} images, got {describe(condition)}")
         rows = split_rows(noised_batch(x, self.alpha_bar.to(x), pixel_seed(x)), self.max_batch)
         sizes = [len(part) for part in rows]
         repeated = None if condition is None else condition.repeat(levels, *[1] * (condition.ndim - 1))

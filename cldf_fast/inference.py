@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
 from cldf_fast import cases
+from cldf_fast.data.stacks import check_output_folder
 from cldf_fast.data.volumes import Volume
 from cldf_fast.errors import InputWarning
 from cldf_fast.pipeline import CLDF
@@ -43,29 +45,33 @@ def segment_case(
     cldf: CLDF,
     record: DatasetRecord,
     volume: Volume,
-    out: Path,
+    out: Path | cases.OutputFolder,
     *,
     labels: Tensor | None = None,
     window: tuple[float, float] | None = None,
     probability: bool = False,
 ) -> SegmentedCase:
-    """Segment one volume and write the mask (see `stacks.write_mask`) to the folder `out`.
+    """Segment one volume and write the mask (see `stacks.write_mask`) to the folder `out`, or into an `OutputFolder`.
 
     labels: bool [K], given image-level labels for every slice; None: predicted slice by slice. window: as in training,
     for modalities with an absolute unit. probability: also write the class probabilities.
     """
-    stack = volume.stack
+    stack, folder = volume.stack, out if isinstance(out, cases.OutputFolder) else cases.OutputFolder(out)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    check_output_folder(stack, folder.path)
     images = torch.from_numpy(cases.working_images(stack, cldf.config.data.size, window=window))
     given = None if labels is None else labels.expand(len(images), -1)
     result = cldf.segment(images, given, everywhere=probability)
-    files, foreground_pixels = cases.write_case(
-        stack,
-        result.probability.numpy(),
-        result.present.numpy(),
-        out,
-        class_names=record.class_names,
-        keep_probability=probability,
-    )
+    with TemporaryDirectory(prefix=".partial-", dir=folder.path) as beside:
+        files, foreground_pixels = cases.write_case(
+            stack,
+            result.probability.numpy(),
+            result.present.numpy(),
+            Path(beside),
+            class_names=record.class_names,
+            keep_probability=probability,
+        )
+        files = folder.take(str(stack.source), files)
     unlike_acquired = record.acquisition.doubts(stack, cldf.config.data.size)
     doubts = (*stack.warnings, *unlike_acquired, *cases.window_doubts(stack, window))
     return SegmentedCase(stack.source, files, result.present, result.label_probability, foreground_pixels, doubts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cldf_fast.errors import ConfigError
+from cldf_fast.errors import ConfigError, DataError
 from cldf_fast.ops import sample_anchors
 from cldf_fast.ops._arguments import check_choice, check_tensor
 from cldf_fast.ops.infonce import pixel_infonce, pixel_infonce_sum
@@ -53,11 +54,15 @@ class PixelInfoNCE(nn.Module):
         class_weight: Tensor | None = None,
     ) -> None:
         super().__init__()
+        check_choice("variant", variant, ("per_positive", "supcon"))
+        _check_positive(temperature=temperature)
         self.temperature = temperature
         self.variant: Literal["per_positive", "supcon"] = variant
         self.impl = impl
         if class_weight is not None:
             check_tensor("class_weight", class_weight, "floating", ("K",))
+            if not bool(((class_weight >= 0) & class_weight.isfinite()).all()):
+                raise ConfigError(f"class_weight: expected finite weights, 0 or more, got {class_weight.tolist()}")
         self.register_buffer("class_weight", class_weight)
 
     def forward(self, embeddings: Tensor, labels: Tensor, bank: PixelBank | None = None) -> Tensor:
@@ -85,7 +90,7 @@ class PixelInfoNCE(nn.Module):
             temperature=self.temperature,
             variant=self.variant,
             self_index=own,
-            anchor_weight=None if self.class_weight is None else self.class_weight[labels.long().clamp_min(0)],
+            anchor_weight=self._weight_of(labels),
             bank=vectors,
             bank_labels=bank_labels,
             impl=self.impl,
@@ -93,6 +98,23 @@ class PixelInfoNCE(nn.Module):
         if world > 1:
             distributed.all_reduce(weight)
         return total * world / torch.where(weight > 0, weight, 1)
+
+    def _weight_of(self, labels: Tensor) -> Tensor | None:
+        if self.class_weight is None:
+            return None
+        try:
+            return self.class_weight[labels.long().clamp_min(0)]
+        except IndexError as error:  # on the CPU alone; to look would synchronise elsewhere
+            raise DataError(
+                f"labels: expected classes below {len(self.class_weight)}, which is how many weights class_weight has, "
+                f"got {int(labels.max())}"
+            ) from error
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name}: expected a finite number above 0, got {value!r}")
 
 
 class PixelBank(nn.Module):
@@ -148,7 +170,8 @@ class SupConLoss(nn.Module):
     """Supervised contrastive loss with the call shape of HobbitLong/SupContrast, without its M x M matrices.
 
     temperature, base_temperature: the loss is scaled by their ratio. contrast_mode: "all" views are anchors, or "one".
-    One difference: an anchor without any negative (all labels equal) counts as 0 here, not as a constant.
+    As there, an anchor without a positive counts as 0 in the mean. Two differences: an anchor without any negative (all
+    labels equal) counts as 0 too, not as a constant; and there is no `mask` in place of labels.
     """
 
     def __init__(
@@ -160,21 +183,30 @@ class SupConLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("contrast_mode", contrast_mode, ("all", "one"))
+        _check_positive(temperature=temperature, base_temperature=base_temperature)
         self.temperature = temperature
         self.contrast_mode = contrast_mode
         self.base_temperature = base_temperature
         self.impl = impl
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Scalar loss of features [B, V, D], V views of each of B images, usually of unit length.
+        """Scalar loss of features [B, V, D], V views of each of B images, usually of unit length; further axes are
+        part of D.
 
-        labels: [B]; None: every image is a class of its own (SimCLR).
+        labels: integers [B] or [B, 1], negative ones are classes too; None: every image is its own class (SimCLR).
         """
+        if isinstance(features, Tensor) and features.ndim > 3:
+            features = features.flatten(2)
         check_tensor("features", features, "floating", ("B", "V", "D"))
         batch, views, _ = features.shape
         if labels is None:
             labels = torch.arange(batch, device=features.device)
+        elif isinstance(labels, Tensor) and labels.shape == (batch, 1):
+            labels = labels.squeeze(1)
         check_tensor("labels", labels, "integer", (batch,), features)
+        if batch:
+            labels = labels.long()
+            labels = labels - labels.amin()
         # View by view, so that the anchors of mode "one" are the first rows.
         candidates, candidate_labels = features.transpose(0, 1).flatten(0, 1), labels.repeat(views)
         anchors = batch if self.contrast_mode == "one" else batch * views
@@ -186,10 +218,10 @@ class SupConLoss(nn.Module):
             temperature=self.temperature,
             variant="supcon",
             self_index=torch.arange(anchors, device=features.device),
-            reduction="mean",
+            reduction="sum",
             impl=self.impl,
         )
-        return self.temperature / self.base_temperature * loss
+        return self.temperature / self.base_temperature * loss / max(anchors, 1)
 
 
 class PixelContrastLoss(nn.Module):
@@ -215,6 +247,10 @@ class PixelContrastLoss(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
+        _check_positive(temperature=temperature, base_temperature=base_temperature)
+        for name, value in (("num_classes", num_classes), ("max_views", max_views)):
+            if value < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {value}")
         self.num_classes = num_classes
         self.temperature = temperature
         self.base_temperature = base_temperature
@@ -223,6 +259,18 @@ class PixelContrastLoss(nn.Module):
         self.impl = impl
         # On the device, so that a call never synchronises and a CUDA graph can go on counting.
         self.register_buffer("calls", torch.tensor(seed, dtype=torch.int64))
+
+    @classmethod
+    def from_configer(cls, configer: Any, **options: Any) -> PixelContrastLoss:
+        """The loss that ContrastiveSeg constructs from its `Configer`; options: further arguments.
+
+        Its `max_samples`, a bound on the anchors of a batch, has no counterpart: memory does not grow with their pairs.
+        """
+        read = {name: configer.get("contrast", name) for name in ("temperature", "base_temperature", "max_views")}
+        ignored = (configer.get("loss", "params") if configer.exists("loss", "params") else {}).get(
+            "ce_ignore_index", -1
+        )
+        return cls(**{"num_classes": configer.get("data", "num_classes"), "ignore_label": ignored} | read | options)
 
     def forward(self, feats: Tensor, labels: Tensor, predict: Tensor) -> Tensor:
         """Scalar loss of feats [B, D, h, w] of unit length.

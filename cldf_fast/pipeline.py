@@ -22,6 +22,7 @@ from cldf_fast.models.classifier import NoiseAwareClassifier
 from cldf_fast.models.conditions import label_condition, null_condition, num_conditions
 from cldf_fast.models.decoder import PixelDecoder
 from cldf_fast.models.unet import UNet
+from cldf_fast.ops._arguments import check_tensor
 from cldf_fast.segmentation import Prototypes, masks_from_probability, second_view
 from cldf_fast.store import FeatureStore
 
@@ -265,12 +266,9 @@ class CLDF:
             raise CheckpointError(
                 "segment: expected a trained decoder and prototypes, got none; train the decoder first"
             )
-        expected = (len(images), self.num_classes)
-        if labels is not None and (labels.dtype != torch.bool or labels.shape != expected):
-            raise DataError(
-                f"labels: expected bool {list(expected)}, "
-                f"got {str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}"
-            )
+        check_tensor("images", images, "floating", ("N", self.unet.in_channels, "H", "W"))
+        if labels is not None:
+            check_tensor("labels", labels, torch.bool, (len(images), self.num_classes))
         # NaN reaches no threshold: the mask would be empty, as if the image had been found healthy.
         _check_finite("pixels", images)
         predicted = None

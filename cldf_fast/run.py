@@ -60,8 +60,8 @@ class DatasetRecord:
 class Run:
     """Reads and writes one RUN directory. Writing is atomic, file by file."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
 
     @property
     def split_file(self) -> Path:

@@ -11,12 +11,14 @@ import nibabel
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from typer.testing import CliRunner
 
+from cldf_fast import __version__
 from cldf_fast.cli import app, parse_label_numbers, parse_overrides, parse_range
 from cldf_fast.data.acquisition import Acquisition
 from cldf_fast.data.phantom import phantom_split
-from cldf_fast.errors import ConfigError
+from cldf_fast.errors import ConfigError, DataError
 from cldf_fast.run import Run
 
 runner = CliRunner()
@@ -91,6 +93,64 @@ def test_segment_writes_masks_in_the_input_s_geometry_and_refuses_by_exit_code(t
     assert mask.shape == (20, 24, 3)
     np.testing.assert_allclose(mask.affine, affine)
     assert set(np.unique(np.asarray(mask.dataobj))) <= {0, 1}
+
+
+def test_segment_writes_no_mask_over_another_s(trained: Path, tmp_path: Path) -> None:
+    cases = []
+    for patient in ("a", "b"):
+        (tmp_path / patient).mkdir()
+        image = nibabel.Nifti1Image(np.random.default_rng().random((20, 24, 2), dtype=np.float32), np.eye(4))
+        nibabel.save(image, tmp_path / patient / "flair.nii.gz")
+        cases.append(str(tmp_path / patient / "flair.nii.gz"))
+    arguments = ["segment", str(trained), *cases, "--replicate", "--labels", "all"]
+    result = runner.invoke(app, [*arguments, "--out", str(tmp_path / "masks")])
+    assert result.exit_code == 3
+    assert f"refused (output_name_taken): out: flair_mask.nii.gz is the name of the mask of {cases[0]} too" in (
+        result.output
+    )
+    alone = runner.invoke(app, [*arguments[:3], *arguments[4:], "--out", str(tmp_path / "alone")])
+    assert alone.exit_code == 0
+    (written,), (expected,) = (list((tmp_path / folder).iterdir()) for folder in ("masks", "alone"))
+    assert written.read_bytes() == expected.read_bytes()
+
+
+def test_a_run_is_readable_by_whom_its_other_files_are(trained: Path) -> None:
+    assert len({path.stat().st_mode for path in trained.iterdir() if path.is_file()}) == 1
+
+
+def test_images_with_a_table_of_labels_are_enough(tmp_path: Path) -> None:
+    """No mask anywhere: trained, and segmented by the run."""
+    rng, rows = np.random.default_rng(), ["image,patient,bright"]
+    for number in range(12):
+        pixels = rng.integers(20, 60, (32, 32), dtype=np.uint8)
+        if number % 2:
+            pixels[8:20, 10:22] += 150
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        rows.append(f"{number}.png,{number},{number % 2}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows), encoding="utf-8")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(_TINY), encoding="utf-8")
+    options = ["--dataset", "labelled", "--data", str(tmp_path), "--config", str(tmp_path / "tiny.yaml"), "--quiet"]
+    result = runner.invoke(app, ["train", "all", *options, "--out", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    assert Run(tmp_path / "run").record().class_names == ("bright",)
+    arguments = ["segment", str(tmp_path / "run"), str(tmp_path / "1.png"), "--out", str(tmp_path / "masks")]
+    assert runner.invoke(app, arguments).exit_code == 0
+    assert Image.open(tmp_path / "masks" / "1_mask.png").size == (32, 32)
+    with pytest.raises(DataError, match="mask"):
+        runner.invoke(app, ["evaluate", str(tmp_path / "run"), "--data", str(tmp_path)], catch_exceptions=False)
+
+
+def test_what_can_not_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(_TINY), encoding="utf-8")
+    command = [sys.executable, "-m", "cldf_fast", "train", "cdm", "--config", str(tmp_path / "tiny.yaml"), "--quiet"]
+    command += ["--out", str(tmp_path / "file" / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path / 'file' / 'run'}: Not a directory\n")
+
+
+def test_the_version_is_printed() -> None:
+    assert runner.invoke(app, ["--version"]).output.strip() == __version__
 
 
 def test_segment_names_the_channels_it_misses(trained: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -171,11 +172,68 @@ def test_supcon_is_the_published_formula(mode: str, labelled: bool) -> None:
     torch.testing.assert_close(gradient, wanted)
 
 
+def test_supcon_counts_lonely_anchors_and_takes_other_shapes() -> None:
+    features = F.normalize(torch.randn(9, 1, 2, 3).double(), dim=3)
+    labels = torch.tensor([-4, -4, 3, 3, 8, -1, 5, 6, 7])
+    rows = features.reshape(9, 6)
+    logits = (rows @ rows.T / 0.2).masked_fill(torch.eye(9, dtype=torch.bool), -torch.inf)
+    log_probability = logits - logits.logsumexp(dim=1, keepdim=True)
+    # Four of nine have one positive each.
+    expected = -sum(log_probability[i, j] for i, j in ((0, 1), (1, 0), (2, 3), (3, 2))) / 9
+    criterion = SupConLoss(0.2, base_temperature=0.2)
+    torch.testing.assert_close(criterion(features, labels), expected)
+    torch.testing.assert_close(criterion(features, labels.unsqueeze(1)), expected)
+
+
 def test_supcon_names_what_does_not_fit() -> None:
+    with pytest.raises(ConfigError, match="base_temperature: expected a finite number above 0, got 0"):
+        SupConLoss(base_temperature=0)
     with pytest.raises(ConfigError, match="contrast_mode: expected one of all, one, got 'some'"):
         SupConLoss(contrast_mode="some")  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"features: expected floating \[B, V, D\]"):
         SupConLoss()(torch.zeros(3, 4))
+
+
+class Configer:
+    """ContrastiveSeg's, of what the loss reads."""
+
+    def __init__(self, **values: object) -> None:
+        self.values = {"data": {"num_classes": 4}} | values
+
+    def get(self, *keys: str) -> Any:
+        value: Any = self.values
+        for key in keys:
+            value = value[key]
+        return value
+
+    def exists(self, *keys: str) -> bool:
+        try:
+            self.get(*keys)
+        except KeyError:
+            return False
+        return True
+
+
+def test_pixel_contrast_reads_a_configer() -> None:
+    contrast = {"temperature": 0.3, "base_temperature": 0.2, "max_views": 7, "max_samples": 1024}
+    found = PixelContrastLoss.from_configer(Configer(contrast=contrast), seed=5)
+    assert (found.num_classes, found.temperature, found.base_temperature) == (4, 0.3, 0.2)
+    assert (found.max_views, found.ignore_label, int(found.calls)) == (7, -1, 5)
+    other = Configer(contrast=contrast, loss={"params": {"ce_ignore_index": 255}})
+    assert PixelContrastLoss.from_configer(other).ignore_label == 255
+
+
+def test_what_losses_are_made_of_is_checked() -> None:
+    with pytest.raises(ConfigError, match="temperature: expected a finite number above 0, got -1"):
+        PixelInfoNCE(temperature=-1)
+    with pytest.raises(ConfigError, match="variant: expected one of per_positive, supcon, got 'sup'"):
+        PixelInfoNCE(variant="sup")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="class_weight: expected finite weights, 0 or more"):
+        PixelInfoNCE(class_weight=torch.tensor([1.0, -2.0]))
+    with pytest.raises(ConfigError, match="max_views: expected at least 1, got 0"):
+        PixelContrastLoss(2, max_views=0)
+    with pytest.raises(DataError, match=r"labels: expected classes below 2, .* got 2"):
+        PixelInfoNCE(class_weight=torch.ones(2))(torch.randn(3, 4), torch.arange(3))
 
 
 def test_pixel_contrast_of_all_pixels_is_pixel_infonce() -> None:

@@ -8,12 +8,12 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cldf_fast.errors import ConfigError
+from cldf_fast.errors import ConfigError, SplitError
 
 if TYPE_CHECKING:
     from cldf_fast.data.base import SliceDataset
 
-DATASETS = ("phantom", "lgg", "brats", "chaos", "nnunet")
+DATASETS = ("phantom", "labelled", "lgg", "brats", "chaos", "nnunet")
 """Names that `open_dataset` takes; each is a module here with a function of the same name."""
 
 
@@ -45,7 +45,14 @@ def open_split(name: str, root: str | Path | None = None, *, seed: int = 0, **op
 
     dataset = open_dataset(name, root, **options)
     path = find_split(root) if root is not None else None
-    return split_dataset(dataset, read_split(path) if path else make_split(dataset.subjects, seed=seed))
+    if path is None:
+        return split_dataset(dataset, make_split(dataset.subjects, seed=seed))
+    split = read_split(path)
+    if absent := [part for part in ("train", "val") if part not in split]:
+        raise SplitError(
+            f"{path}: expected the parts train, val and usually test, found {', '.join(split)}; {absent[0]} is missing"
+        )
+    return split_dataset(dataset, split, source=path)
 
 
 def _call(function: Callable[..., Any], name: str, root: str | Path | None, options: dict[str, Any]) -> Any:

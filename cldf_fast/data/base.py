@@ -109,7 +109,7 @@ class SliceDataset(Dataset[Slice]):
             raise DataError(f"dataset: expected each study once, found two named {twice!r}; rename or remove one")
         self.class_names = tuple(class_names)
         self.channel_names = tuple(channel_names)
-        self.window = window
+        self.window = None if window is None else intensity.checked_window(window)
         self.min_area = min_area
         self.modality = modality
         self._starts = np.cumsum([0] + [ref.num_slices for ref in self.refs])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,14 @@ _ROBUST_DEVIATION = 1.4826
 _MAX_SAMPLES = 2**17
 
 
+def checked_window(window: Any) -> tuple[float, float]:
+    """A window, (low, high). Raises DataError for anything else, such as an option of a configuration may hold."""
+    pair = window if isinstance(window, Sequence) and len(window) == 2 else ()
+    if not pair or not all(isinstance(end, int | float) for end in pair) or not pair[0] < pair[1]:
+        raise DataError(f"window: expected two numbers, low < high, got {window!r}")
+    return float(pair[0]), float(pair[1])
+
+
 def normalise_study(
     image: Floats, *, window: tuple[float, float] | None = None, source: Path | str = "image"
 ) -> Floats:
@@ -36,9 +46,7 @@ def normalise_study(
     """
     low, high = INTENSITY_RANGE
     if window is not None:
-        bottom, top = window
-        if not bottom < top:
-            raise DataError(f"window: expected low < high, got {window}")
+        bottom, top = checked_window(window)
         return np.clip((image - bottom) / (top - bottom) * (high - low) + low, low, high)
     if not np.isfinite(image).all():
         raise DataError(

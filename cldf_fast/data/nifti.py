@@ -205,7 +205,7 @@ def _grid_shape(header: Any, path: Path, channels_last: bool) -> tuple[int, int,
     if len(shape) > 5 or (len(shape) > 3 and shape[3] > 1 and (len(shape) == 5 or not channels_last)):
         raise DataError(
             f"{path}: expected one volume, found shape {list(shape)} with {shape[3]} time points; "
-            f"split it into 3-D files, or declare the 4th axis as channels",
+            f"split it into 3-D files, of which several, separated by commas, are channels",
             code="several_volumes",
         )
     check_size(shape, path)

@@ -102,7 +102,9 @@ def find_split(root: str | Path) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def split_dataset(dataset: SliceDataset, split: Mapping[str, Sequence[str]]) -> dict[str, SliceDataset]:
-    """One dataset a part. Raises SplitError as `check_split` does."""
-    check_split(split, dataset.subjects)
+def split_dataset(
+    dataset: SliceDataset, split: Mapping[str, Sequence[str]], *, source: Path | str = "split"
+) -> dict[str, SliceDataset]:
+    """One dataset a part. Raises SplitError as `check_split` does, naming the source."""
+    check_split(split, dataset.subjects, source=source)
     return {part: dataset.select(patients) for part, patients in split.items()}

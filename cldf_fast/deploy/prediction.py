@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,11 +18,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from cldf_fast import __version__
+from cldf_fast.cases import OutputFolder
 from cldf_fast.data.stacks import Stack, check_output_folder
 from cldf_fast.deploy.audit import AuditLog, pseudonym, pseudonym_key
 from cldf_fast.deploy.ood import LEVELS
 from cldf_fast.deploy.predictor import PredictedCase, Predictor, SegmentedStudy
-from cldf_fast.errors import CLDFError, ConfigError, DataError, IntegrityError, UnlikeTrainingError
+from cldf_fast.errors import CLDFError, ConfigError, IntegrityError, UnlikeTrainingError
 from cldf_fast.files import atomic_write_text
 
 AUDIT_FIELDS = (
@@ -155,8 +155,8 @@ class _Ledger:
         self.audit = AuditLog(out / "audit.jsonl", fields=AUDIT_FIELDS)
         self.key = pseudonym_key(out / "audit.jsonl")
         self.outcomes: list[Outcome] = []
-        self.owners = {name: source for source in sources if source in self.done for name in self.done[source].files}
-        """Whose each file is."""
+        owners = {name: source for source in sources if source in self.done for name in self.done[source].files}
+        self.masks = OutputFolder(out, owners)
 
     def enter(self, source: str, found: _Found, started: float) -> Outcome:
         """Write a study's files, or why there are none; only then does the summary list it."""
@@ -184,7 +184,8 @@ class _Ledger:
             with TemporaryDirectory(prefix=".partial-", dir=self.out) as beside:
                 case = self.predictor.write(found, beside, probability=self.probability)
                 hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in case.files]
-                outcome, entry["outputs_sha256"] = _outcome(source, case, self._put(source, case.files)), hashes
+                names = [file.name for file in self.masks.take(source, case.files)]
+                outcome, entry["outputs_sha256"] = _outcome(source, case, names), hashes
         except CLDFError as error:
             # The sentence names files, and so perhaps the patient: it stays out of the log.
             outcome.reason, entry["reason"] = str(error), type(error).__name__
@@ -193,20 +194,6 @@ class _Ledger:
         outcome.seconds = round(time.perf_counter() - started, 3)
         self.audit.append(**entry, **_provenance(self.predictor, outcome))
         return outcome
-
-    def _put(self, source: str, files: Sequence[Path]) -> list[str]:
-        """Move a study's files to their place, unless one of them has the name of another study's; their names."""
-        for file in files:
-            if file.name in self.owners:
-                raise DataError(
-                    f"out: {file.name} is the name of the mask of {self.owners[file.name]} too; segment studies whose "
-                    f"files have the same names into folders of their own",
-                    code="output_name_taken",
-                )
-        for file in files:
-            os.replace(file, self.out / file.name)
-            self.owners[file.name] = source
-        return [file.name for file in files]
 
 
 def _outcome(source: str, case: PredictedCase, files: list[str]) -> Outcome:

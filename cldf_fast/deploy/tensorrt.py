@@ -53,7 +53,8 @@ def library(flavour: str) -> ModuleType:
     try:
         module = importlib.import_module(flavour)
     except ImportError as error:
-        raise BackendError(f"{flavour}: is not installed ({error}); pip install {FLAVOURS[flavour]}") from error
+        where = "from its vendor's index" if flavour == "tensorrt" else f"with pip install {FLAVOURS[flavour]}"
+        raise BackendError(f"{flavour}: is not installed ({error}); install it {where}") from error
     if flavour == "tensorrt" and int(module.__version__.split(".")[0]) < 10:
         raise BackendError(f"tensorrt: expected version 10 or later, got {module.__version__}")
     return module

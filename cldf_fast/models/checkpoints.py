@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from cldf_fast.diffusion import Diffusion
 from cldf_fast.errors import CheckpointError, ConfigError
-from cldf_fast.files import atomic_write
+from cldf_fast.files import atomic_write_bytes
 from cldf_fast.models import peers
 from cldf_fast.models.architecture import Architecture, Kind, Network, first_difference, infer
 
@@ -181,10 +181,11 @@ def describes_itself(path: str | Path) -> bool:
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors as safetensors, in one step: see `files.atomic_write`."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    with atomic_write(path) as temporary:
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
+    # Its save_file makes files that only their owner can read.
+    content = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata)
+    atomic_write_bytes(path, content)
 
 
 def from_diffusers(model: nn.Module, **stated: Unpack[Stated]) -> Loaded:

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cldf_fast.errors import DataError
+from cldf_fast.ops._arguments import check_tensor
+
 
 class Projecting(Protocol):
     """Features that can be projected as they are read: `features.FeatureReader`."""
@@ -107,6 +110,10 @@ def read_at(features: Sequence[Tensor], pixels: Tensor, size: tuple[int, int]) -
     Returns [B, A, sum C_i].
     """
     height, width = size
+    check_tensor("pixels", pixels, "integer", (len(features[0]), "A"), features[0])
+    # To look would synchronise elsewhere.
+    if pixels.device.type == "cpu" and pixels.numel() and int(pixels.max()) >= height * width:
+        raise DataError(f"pixels: expected numbers below {height} * {width}, got {int(pixels.max())}")
     pixels = pixels.clamp_min(0)
     row = (pixels // width + 0.5) * (2 / height) - 1
     column = (pixels % width + 0.5) * (2 / width) - 1

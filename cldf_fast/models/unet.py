@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cldf_fast.errors import ConfigError
+from cldf_fast.errors import ConfigError, DataError
 from cldf_fast.models.layers import (
     AttentionBlock,
     Conv3x3,
@@ -22,6 +22,7 @@ from cldf_fast.models.layers import (
     timestep_embedding,
     zero_init,
 )
+from cldf_fast.ops._arguments import describe
 
 Visit = Callable[[int, Tensor], None]
 """(i, what block i returned)"""
@@ -150,6 +151,11 @@ class UNet(nn.Module):
             )
         if condition is None:
             return embedding
+        if condition.ndim != 1 + condition.is_floating_point():
+            raise DataError(
+                f"condition: expected rows of the class table, integers [B], or their weights, floating "
+                f"[B, {self.num_classes}], got {describe(condition)}"
+            )
         if condition.is_floating_point():
             return embedding + condition.to(embedding.dtype) @ self.label_emb.weight.to(embedding.dtype)
         return embedding + self.label_emb(condition)
