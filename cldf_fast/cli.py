@@ -97,7 +97,9 @@ def train(
     ],
     dataset: Annotated[
         str | None,
-        typer.Option(help="phantom, lgg, brats, chaos or nnunet; default: the configuration's, else phantom."),
+        typer.Option(
+            help="phantom, labelled, lgg, brats, chaos or nnunet; default: the configuration's, else phantom."
+        ),
     ] = None,
     data: DataFolder = None,
     config: Annotated[

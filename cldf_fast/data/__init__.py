@@ -47,12 +47,12 @@ def open_split(name: str, root: str | Path | None = None, *, seed: int = 0, **op
     path = find_split(root) if root is not None else None
     if path is None:
         return split_dataset(dataset, make_split(dataset.subjects, seed=seed))
-    split = read_split(path)
-    if absent := [part for part in ("train", "val") if part not in split]:
+    parts = split_dataset(dataset, read_split(path), source=path)
+    if absent := [part for part in ("train", "val") if part not in parts]:
         raise SplitError(
-            f"{path}: expected the parts train, val and usually test, found {', '.join(split)}; {absent[0]} is missing"
+            f"{path}: expected the parts train, val and usually test, found {', '.join(parts)}; {absent[0]} is missing"
         )
-    return split_dataset(dataset, split, source=path)
+    return parts
 
 
 def _call(function: Callable[..., Any], name: str, root: str | Path | None, options: dict[str, Any]) -> Any:

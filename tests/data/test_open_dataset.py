@@ -29,7 +29,7 @@ def test_the_phantom_split_parts_share_no_patient() -> None:
 
 @pytest.mark.parametrize("name", ["mnist", "base", "splits", ""])
 def test_an_unknown_name_is_refused_with_the_known_ones(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"expected one of phantom, lgg, brats, chaos, nnunet"):
+    with pytest.raises(ConfigError, match=r"expected one of phantom, labelled, lgg, brats, chaos, nnunet"):
         open_dataset(name, "folder")
 
 
