@@ -48,7 +48,7 @@ START = pytest.StashKey[float]()
 
 SECONDS = {True: 12.0, False: 5.0}
 """A row's calls, of headline problems and of others."""
-QUICK_SECONDS = 1.0
+QUICK_SECONDS = 0.5
 """The same with --quick."""
 
 
