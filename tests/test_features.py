@@ -98,6 +98,21 @@ def test_the_condition_reaches_the_features(unet: UNet) -> None:
         assert not block[0].allclose(block[1], atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        (torch.tensor([0]), "condition: expected a row for each of 2 images, got int64"),
+        (torch.tensor(0), "condition: expected a row for each of 2 images, got int64"),
+        (torch.tensor([0.7, 0.2]), "condition: expected rows of the class table, integers"),
+        (torch.zeros(2, 4, dtype=torch.int64), "condition: expected rows of the class table, integers"),
+    ],
+)
+def test_a_condition_that_does_not_fit_is_named(unet: UNet, condition: Tensor, message: str) -> None:
+    features = DiffusionFeatures(unet, Diffusion(), noise_levels=LEVELS, downsample=(2,))
+    with pytest.raises(DataError, match=message):
+        features(torch.zeros(2, 2, 16, 16), condition)
+
+
 def test_a_factor_that_the_network_lacks_is_named(unet: UNet) -> None:
     with pytest.raises(ConfigError, match=r"downsample: the network has blocks at factors \[2, 4, 8\], got 1"):
         DiffusionFeatures(unet, Diffusion(), noise_levels=LEVELS, downsample=(2, 1))

@@ -121,7 +121,7 @@ class _Table:
 
     def _read_header(self, columns: Any) -> None:
         names = [name.strip() for name in columns]
-        if len(set(names)) < len(names) or names != list(columns):
+        if len(set(names)) < len(names) or names != list(columns) or "" in names:
             raise DataError(f"{self.path}: expected columns of different names without spaces around, got {names}")
         self.channels = tuple(name.removeprefix(_CHANNEL) for name in names if name.startswith(_CHANNEL))
         if (_IMAGE in names) == bool(self.channels):

@@ -107,7 +107,7 @@ def read_at(features: Sequence[Tensor], pixels: Tensor, size: tuple[int, int]) -
     """Bilinear reading of feature maps at pixels: equal to resizing every map to `size` and indexing.
 
     features: one [B, C_i, h_i, w_i] a block. pixels: int64 [B, A], flat; negative ones (padding) read pixel 0.
-    Returns [B, A, sum C_i].
+    Returns [B, A, sum C_i]. Raises DataError for pixels of another shape or dtype and, on the CPU, beyond the image.
     """
     height, width = size
     check_tensor("pixels", pixels, "integer", (len(features[0]), "A"), features[0])

@@ -139,7 +139,10 @@ class UNet(nn.Module):
         )
 
     def embed(self, timesteps: Tensor, condition: Tensor | None) -> Tensor:
-        """The embedding [B, 4 * model_channels] of time [B] and condition (see forward)."""
+        """The embedding [B, 4 * model_channels] of time [B] and condition (see forward).
+
+        Raises ConfigError where there is no class table or no condition, DataError for a condition of another form.
+        """
         embedding = self.time_embed(
             timestep_embedding(timesteps, self.model_channels).to(next(self.parameters()).dtype)
         )

@@ -75,6 +75,7 @@ def test_a_colour_image_has_several_channels(tmp_path: Path) -> None:
         (["c.png"], "image", "expected a column for each class, got none beside image"),
         (["c.png,1,0"], "image,x,x", "expected columns of different names"),
         (["c.png,1,0"], "image, x,y", "without spaces around"),
+        (["c.png,1,"], "image,x,", "expected columns of different names"),
         (["c.png,1"], "image,x,y", "line 2: expected as many cells as columns"),
         (["c.png,1,0,0"], "image,x,y", "line 2: expected as many cells as columns"),
         (["c.png,yes"], "image,x", "line 2: x: expected 0 or 1, got 'yes'"),

@@ -562,12 +562,15 @@ def test_the_command_checks_the_signature(
     assert out.is_dir()
 
 
-def test_the_command_takes_no_public_key_for_what_it_seals(
+def test_the_command_takes_no_option_that_its_format_has_no_use_for(
     engine: Path, tmp_path: Path, keys: tuple[Path, Path]
 ) -> None:
     result = runner.invoke(app, ["export", str(engine), "--out", str(tmp_path / "e"), "--public-key", str(keys[1])])
     assert isinstance(result.exception, ConfigError)
     assert str(result.exception).startswith("--public-key: not for --format onnx, which writes an engine directory")
+    result = runner.invoke(app, ["export", str(engine), "--out", str(tmp_path / "e"), "--capability", "8.6"])
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception).startswith("--capability: engines for several GPUs are those of --format tensorrt-rtx")
 
 
 def test_commands(engine: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cldf_fast.errors import DataError
 from cldf_fast.models.decoder import PixelDecoder, read_at
 
 Randomise = Callable[[nn.Module], nn.Module]
@@ -76,6 +77,19 @@ def test_padding_reads_pixel_zero_and_half_precision_reads_the_right_pixel() -> 
     halves = [block.to(torch.bfloat16) for block in features]
     read = read_at(halves, everywhere, (64, 96))
     torch.testing.assert_close(read.float(), exact, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (torch.tensor([[3, 64]]), r"pixels: expected numbers below 8 \* 8, got 64"),
+        (torch.zeros(1, 2), r"pixels: expected integer \[1, A\]"),
+        (torch.zeros(2, 2, dtype=torch.int64), r"pixels: expected integer \[1, A\]"),
+    ],
+)
+def test_pixels_that_are_not_there_are_named(pixels: Tensor, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_at([torch.randn(1, 4, 4, 4)], pixels, (8, 8))
 
 
 def test_standardised_features_have_mean_zero_and_deviation_one(decoder: PixelDecoder) -> None:
