@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
@@ -179,7 +180,8 @@ def fit_on_anchors(
 def label_thresholds(cldf: CLDF, data: PackedSlices) -> Tensor:
     """Image-level thresholds float32 [K] that maximise sensitivity + specificity on a part's image-level labels.
 
-    A class that the part has never or always keeps 0.5.
+    A threshold lies in the middle between two neighbouring probabilities of the part; of several that serve equally
+    well, it is the one nearest to 0.5. A class that the part has never or always keeps 0.5.
     """
     probability, labels = cldf.label_probability(data.images), data.require_labels()
     thresholds = torch.full((labels.shape[1],), 0.5)
@@ -187,11 +189,16 @@ def label_thresholds(cldf: CLDF, data: PackedSlices) -> Tensor:
         truth, values = labels[:, k], probability[:, k]
         if truth.all() or not truth.any():
             continue
-        ordered, order = values.sort()
-        below = torch.cat([torch.zeros(1), (~truth[order]).cumsum(0) / (~truth).sum()])
-        missed = torch.cat([torch.zeros(1), truth[order].cumsum(0) / truth.sum()])
-        best = int((below - missed).argmax())
-        low = ordered[best - 1] if best > 0 else torch.zeros(())
-        high = ordered[best] if best < len(ordered) else torch.ones(())
-        thresholds[k] = (low + high) / 2
+        high, order = values.sort()
+        low = torch.cat([torch.zeros(1), high[:-1]])
+        # With a threshold just below place i, the i smaller probabilities are called absent. Counted in integers, so
+        # that what is equally good is equal.
+        absent = F.pad((~truth[order]).cumsum(0)[:-1], (1, 0))
+        missed = F.pad(truth[order].cumsum(0)[:-1], (1, 0))
+        gain = absent * truth.sum() - missed * (~truth).sum()
+        gain[1:][low[1:] == high[1:]] = gain.min() - 1  # no threshold parts equal probabilities
+        middle = (low + high) / 2
+        middle = torch.where(middle > low, middle, high)  # of neighbours among floating-point numbers
+        best = middle[gain == gain.max()]
+        thresholds[k] = best[(best - 0.5).abs().argmin()]
     return thresholds

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -265,22 +266,40 @@ def test_without_any_foreground_there_is_nothing_to_learn(tiny_cldf: CLDF, tiny_
 # --- Thresholds -------------------------------------------------------------------------------------------------------
 
 
-def test_label_thresholds_maximise_sensitivity_plus_specificity(tiny_slices: Slices) -> None:
-    data = tiny_slices(40)
-    labels = data.require_labels()
+def thresholds_of(probability: Tensor, labels: Tensor, tiny_slices: Slices) -> Tensor:
+    data = replace(tiny_slices(), labels=labels)
+    stub = SimpleNamespace(label_probability=lambda _images: probability)
+    return label_thresholds(stub, data)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("places", [None, 4], ids=["distinct", "with ties"])
+def test_label_thresholds_maximise_sensitivity_plus_specificity(tiny_slices: Slices, places: int | None) -> None:
+    labels = tiny_slices(40).require_labels()
     labels[:, 2] = True
     probability = (0.4 * labels + 0.6 * torch.rand(40, 3)).clamp(0, 1)
-    stub = SimpleNamespace(label_probability=lambda _images: probability)
-    thresholds = label_thresholds(stub, data)  # type: ignore[arg-type]
+    if places is not None:
+        probability = (probability * places).round() / places
+    thresholds = thresholds_of(probability, labels, tiny_slices)
 
-    def youden(k: int, threshold: float) -> float:
+    def youden(k: int, threshold: float) -> Fraction:
         called, truth = probability[:, k] >= threshold, labels[:, k]
-        return float(called[truth].float().mean() + (~called)[~truth].float().mean())
+        return Fraction(int(called[truth].sum()), int(truth.sum())) + Fraction(
+            int((~called)[~truth].sum()), int((~truth).sum())
+        )
 
     for k in (0, 1):
-        best = max(youden(k, value) for value in [*probability[:, k].tolist(), 2.0])
-        assert youden(k, float(thresholds[k])) == pytest.approx(best)
+        assert youden(k, float(thresholds[k])) == max(youden(k, value) for value in [*probability[:, k].tolist(), 2.0])
     assert float(thresholds[2]) == 0.5
+
+
+def test_of_equal_label_thresholds_the_one_nearest_to_a_half_is_taken(tiny_slices: Slices) -> None:
+    # Three absent, three present; the thresholds below 0.2 and below 0.7 serve equally well.
+    probability = torch.tensor([[0.1], [0.2], [0.65], [0.7], [0.8], [0.9]])
+    labels = torch.tensor([[0], [1], [0], [1], [1], [0]], dtype=torch.bool)
+    assert thresholds_of(probability, labels, tiny_slices).tolist() == pytest.approx([0.675])
+    above = torch.nextafter(torch.tensor(0.7), torch.tensor(1.0))
+    probability = torch.stack([torch.tensor(0.7), above])[:, None]
+    assert thresholds_of(probability, labels[:2], tiny_slices).tolist() == [above]
 
 
 # --- Whole trainings --------------------------------------------------------------------------------------------------
