@@ -252,6 +252,10 @@ def export(
     batch: Annotated[
         str, typer.Option(help="Batch sizes of engines, and of ONNX files in a server: smallest, best and largest.")
     ] = "1,8,16",
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option(help="File of kernels' times, read and written: later builds are faster (tensorrt)."),
+    ] = None,
     backend: Annotated[str, typer.Option(help="What executes the graphs in triton-server: onnx or tensorrt.")] = "onnx",
     data: DataFolder = None,
     window: Annotated[
@@ -275,7 +279,13 @@ def export(
     from cldf_fast.errors import ConfigError
 
     if format_ in (ExportFormat.triton_server, ExportFormat.monai_bundle):
-        made_before = {"--capability": capability, "--data": data, "--window": window, "--sign": sign}
+        made_before = {
+            "--capability": capability,
+            "--timing-cache": timing_cache,
+            "--data": data,
+            "--window": window,
+            "--sign": sign,
+        }
         _export_for_server(
             run,
             out,
@@ -304,7 +314,7 @@ def export(
         Run(run),
         out,
         precisions=precision or ("float32", "float16"),
-        target=Target(flavour, tuple(capability or ()), Batches(*parse_batches(batch))),
+        target=Target(flavour, tuple(capability or ()), Batches(*parse_batches(batch)), timing_cache),
         data=data,
         window=None if window is None else parse_range("--window", window),
         evidence=evidence,

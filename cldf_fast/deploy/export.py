@@ -32,7 +32,7 @@ from cldf_fast.deploy.model_card import Told, model_card
 from cldf_fast.deploy.noise import pixel_seed, standard_normal
 from cldf_fast.deploy.onnx import OPSET, PRECISIONS, to_onnx
 from cldf_fast.deploy.predictor import BOTTLENECK, RESEARCH_USE, Predictor
-from cldf_fast.deploy.tensorrt import Batches, build, capabilities, check_capabilities, library
+from cldf_fast.deploy.tensorrt import Batches, TimingCache, build, capabilities, check_capabilities, library
 from cldf_fast.errors import BackendError, ConfigError, ParityError
 from cldf_fast.files import atomic_write_bytes, atomic_write_text
 from cldf_fast.pipeline import CLDF
@@ -52,12 +52,20 @@ class Target:
     """Which engines to build beside the ONNX files.
 
     flavour: "tensorrt" or "tensorrt_rtx"; None: none. compute_capabilities: e.g. ("8.6", "12.0"), which only TensorRT
-    for RTX builds for without such a GPU, by default for all that it serves.
+    for RTX builds for without such a GPU, by default for all that it serves. timing_cache: of TensorRT, see
+    `deploy.tensorrt.TimingCache`: a file that outlives the export; None: its engines share one in memory.
     """
 
     flavour: str | None = None
     compute_capabilities: tuple[str, ...] = ()
     batches: Batches = field(default_factory=Batches)
+    timing_cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.timing_cache is not None and self.flavour != "tensorrt":
+            raise ConfigError(
+                f"timing_cache: only builds of tensorrt measure times, got one for {self.flavour or 'ONNX files alone'}"
+            )
 
 
 def export(
@@ -89,6 +97,7 @@ def export(
         raise ConfigError(f"out: expected a folder that does not exist, got {out}, which does")
     target = target or Target()
     _check(target)
+    timing_cache = TimingCache(target.timing_cache) if target.flavour == "tensorrt" else None
     cldf, record = run.load(), run.record()
     if not evidence:
         config = cldf.config
@@ -115,7 +124,7 @@ def export(
         _write_golden(partial, cldf, graphs, images, names)
         onnx = _write_onnx(partial, graphs, images[:2], precisions)
         weights = _weights_digest(run)
-        engines = _write_engines(partial, onnx, weights, target)
+        engines = _write_engines(partial, onnx, weights, target, timing_cache)
         card = partial / "MODEL_CARD.md"
         told = Told(run, record, cldf.config, weights, engines, acquisition, scored=detector is not None)
         atomic_write_text(card, model_card(told, []))
@@ -284,7 +293,9 @@ def _check(target: Target) -> None:
         raise BackendError(f"{target.flavour}: builds for the GPU of this machine, and there is none")
 
 
-def _write_engines(folder: Path, onnx: dict[str, bytes], weights: str, target: Target) -> dict[str, EngineKey]:
+def _write_engines(
+    folder: Path, onnx: dict[str, bytes], weights: str, target: Target, timing_cache: TimingCache | None
+) -> dict[str, EngineKey]:
     """Engines of all ONNX files, and what each was built for, by path."""
     if target.flavour is None:
         return {}
@@ -294,7 +305,13 @@ def _write_engines(folder: Path, onnx: dict[str, bytes], weights: str, target: T
     here = ".".join(map(str, torch.cuda.get_device_capability())) if gpu else ""
     engines = {}
     for file, model in onnx.items():
-        engine = build(model, flavour=target.flavour, batches=target.batches, compute_capabilities=wanted)
+        engine = build(
+            model,
+            flavour=target.flavour,
+            batches=target.batches,
+            compute_capabilities=wanted,
+            timing_cache=timing_cache,
+        )
         name = f"engines/{file.removesuffix('.onnx')}.{target.flavour}.plan"
         atomic_write_bytes(folder / name, engine.plan)
         engines[name] = EngineKey(

@@ -10,6 +10,7 @@ import importlib
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,7 @@ from cldf_fast.deploy.cuda import Buffer, Cuda, Graph
 from cldf_fast.deploy.manifest import Runtime, SealedDirectory, operating_system
 from cldf_fast.deploy.runtime import Array
 from cldf_fast.errors import BackendError, ConfigError
+from cldf_fast.files import atomic_write_bytes
 
 FLAVOURS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 """Modules, and the distributions that hold them."""
@@ -44,6 +46,41 @@ class Engine:
     plan: bytes
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
     flags: tuple[str, ...]
+
+
+class TimingCache:
+    """Times that TensorRT measured of kernels while it built engines, which builds with the same cache do not measure
+    again: the graphs of one export share most of their layers.
+
+    path: of a file to start from, where it exists, and to write after every engine; None: memory alone. What is in it
+    holds for one version of TensorRT on one kind of GPU, and others refuse it. TensorRT for RTX measures nothing when
+    it builds.
+    Raises ConfigError where `path` is neither a file nor a place for one.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self._times = b""
+        if path is None:
+            return
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"timing_cache: expected a file, or a path to write one at, got {path}, which is neither")
+        self._times = path.read_bytes() if path.exists() else b""
+
+    def attach(self, trt: Any, config: Any) -> None:
+        """Have a build that is configured by `config` use and fill the cache; raises BackendError for another's."""
+        cache = config.create_timing_cache(self._times)
+        if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+            raise BackendError(
+                f"timing_cache: expected what {trt.__name__} {trt.__version__} wrote on a GPU of this kind, got "
+                f"{self.path}, which it refuses; name another file to write a new one"
+            )
+
+    def keep(self, config: Any) -> None:
+        """Take what a build has added."""
+        self._times = bytes(config.get_timing_cache().serialize())
+        if self.path is not None:
+            atomic_write_bytes(self.path, self._times)
 
 
 def library(flavour: str) -> ModuleType:
@@ -85,13 +122,14 @@ def build(
     flavour: str,
     batches: Batches | None = None,
     compute_capabilities: Sequence[str] = (),
+    timing_cache: TimingCache | None = None,
 ) -> Engine:
     """Build an engine.
 
     onnx: a model whose first axis is the batch, in its own precision. compute_capabilities: that the engine shall run
-    on, e.g. ["8.6", "12.0"]; none: the GPU of this machine.
-    Raises BackendError for a library that is absent, a capability that it does not serve, and a model that it can't
-    build.
+    on, e.g. ["8.6", "12.0"]; none: the GPU of this machine. timing_cache: of TensorRT, not of TensorRT for RTX.
+    Raises BackendError for a library that is absent, a capability that it does not serve, a timing cache of another
+    GPU or version, and a model that it can't build.
     """
     batches = batches or Batches()
     trt = library(flavour)
@@ -106,6 +144,10 @@ def build(
     config = builder.create_builder_config()
     # TF32 would round the inputs of products to 10 bits in an engine that is called float32.
     config.clear_flag(trt.BuilderFlag.TF32)
+    flags = ["TF32 off"]
+    if timing_cache is not None:
+        timing_cache.attach(trt, config)
+        flags.append("timing cache")
     profile = builder.create_optimization_profile()
     shapes = {}
     for i in range(network.num_inputs):
@@ -124,7 +166,9 @@ def build(
         raise BackendError(
             f"{flavour} {trt.__version__}: can't build the engine ({logger.last or 'it does not say why'})"
         )
-    return Engine(bytes(plan), shapes, ("TF32 off",))
+    if timing_cache is not None:
+        timing_cache.keep(config)
+    return Engine(bytes(plan), shapes, tuple(flags))
 
 
 class TensorRTSession:

@@ -421,6 +421,12 @@ def test_a_capability_that_is_not_served_is_said_before_anything_is_built(run: R
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("flavour", "got"), [("tensorrt_rtx", "tensorrt_rtx"), (None, "ONNX files alone")])
+def test_a_timing_cache_is_for_builds_that_measure(flavour: str | None, got: str) -> None:
+    with pytest.raises(ConfigError, match=f"timing_cache: only builds of tensorrt measure times, got one for {got}"):
+        Target(flavour, timing_cache=Path("times"))
+
+
 def test_batches_are_in_order() -> None:
     with pytest.raises(ConfigError, match="batches: expected 1 <= smallest <= best <= largest, got 4, 2, 8"):
         Batches(4, 2, 8)

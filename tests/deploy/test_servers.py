@@ -571,6 +571,9 @@ def test_the_command_takes_no_option_that_its_format_has_no_use_for(
     result = runner.invoke(app, ["export", str(engine), "--out", str(tmp_path / "e"), "--capability", "8.6"])
     assert isinstance(result.exception, ConfigError)
     assert str(result.exception).startswith("--capability: engines for several GPUs are those of --format tensorrt-rtx")
+    result = runner.invoke(app, ["export", str(engine), "--out", str(tmp_path / "e"), "--timing-cache", "times"])
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception).startswith("timing_cache: only builds of tensorrt measure times")
 
 
 def test_commands(engine: Path, tmp_path: Path) -> None:
