@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from cldf_fast.errors import ConfigError, DataError
 from cldf_fast.ops import sample_anchors
-from cldf_fast.ops._arguments import check_choice, check_tensor
+from cldf_fast.ops._arguments import check_choice, check_count, check_positive, check_tensor
 from cldf_fast.ops.infonce import pixel_infonce, pixel_infonce_sum
 
 
@@ -55,7 +54,7 @@ class PixelInfoNCE(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("variant", variant, ("per_positive", "supcon"))
-        _check_positive(temperature=temperature)
+        check_positive(temperature=temperature)
         self.temperature = temperature
         self.variant: Literal["per_positive", "supcon"] = variant
         self.impl = impl
@@ -111,12 +110,6 @@ class PixelInfoNCE(nn.Module):
             ) from error
 
 
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise ConfigError(f"{name}: expected a finite number above 0, got {value!r}")
-
-
 class PixelBank(nn.Module):
     """The newest embeddings of every class, as further candidates that cost no backward pass: a ring buffer a class.
 
@@ -130,9 +123,7 @@ class PixelBank(nn.Module):
 
     def __init__(self, num_classes: int, size: int, dim: int) -> None:
         super().__init__()
-        for name, value in (("num_classes", num_classes), ("size", size), ("dim", dim)):
-            if value < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {value}")
+        check_count(num_classes=num_classes, size=size, dim=dim)
         self.register_buffer("vectors", torch.zeros(num_classes, size, dim))
         self.register_buffer("filled", torch.zeros(num_classes, size, dtype=torch.bool))
         self.register_buffer("next_slot", torch.zeros(num_classes, dtype=torch.int64))
@@ -183,7 +174,7 @@ class SupConLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("contrast_mode", contrast_mode, ("all", "one"))
-        _check_positive(temperature=temperature, base_temperature=base_temperature)
+        check_positive(temperature=temperature, base_temperature=base_temperature)
         self.temperature = temperature
         self.contrast_mode = contrast_mode
         self.base_temperature = base_temperature
@@ -247,10 +238,8 @@ class PixelContrastLoss(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        _check_positive(temperature=temperature, base_temperature=base_temperature)
-        for name, value in (("num_classes", num_classes), ("max_views", max_views)):
-            if value < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {value}")
+        check_positive(temperature=temperature, base_temperature=base_temperature)
+        check_count(num_classes=num_classes, max_views=max_views)
         self.num_classes = num_classes
         self.temperature = temperature
         self.base_temperature = base_temperature

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cldf_fast.errors import ConfigError
+from cldf_fast.ops._arguments import check_count
 
 _CUDA_ROWS = 128
 # Arrays beyond 32 MB, such as 64 channels of so many pixels, glibc returns to the system when they are freed and takes
@@ -14,8 +14,8 @@ _CPU_VALUES = 2**23
 
 def check_max_batch(max_batch: int | None) -> int | None:
     """The bound as it is, or ConfigError."""
-    if max_batch is not None and max_batch < 1:
-        raise ConfigError(f"max_batch: expected at least 1, got {max_batch}")
+    if max_batch is not None:
+        check_count(max_batch=max_batch)
     return max_batch
 
 

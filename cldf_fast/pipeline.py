@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cldf_fast.config import Config, UNetConfig
+from cldf_fast.data.intensity import check_pixels
 from cldf_fast.diffusion import Diffusion
 from cldf_fast.errors import CheckpointError, ConfigError, DataError
 from cldf_fast.evidence import ClassifierSaliency, Evidence
@@ -203,8 +204,9 @@ class CLDF:
         """Gradient maps, CAMs and label probabilities of images [N, C, H, W], in batches.
 
         chosen: bool [N], the images that evidence is asked for, by default all; the others' is zero.
-        Raises DataError, naming the first image, where evidence is not finite.
+        Raises DataError, naming the first image, where pixels are not in [-1, 1] or evidence is not finite.
         """
+        self._check_images(images)
         rows = torch.arange(len(images)) if chosen is None else chosen.nonzero().flatten()
         shape = (len(images), self.num_classes)
         evidence = Evidence(
@@ -239,8 +241,9 @@ class CLDF:
     def label_probability(self, images: Tensor) -> Tensor:
         """Image-level probabilities float32 [N, K]: `Evidence.probability`, without any gradient.
 
-        Raises DataError, naming the first image, where they are not finite.
+        Raises DataError, naming the first image, where pixels are not in [-1, 1] or probabilities not finite.
         """
+        self._check_images(images)
         parts = torch.cat([self._label_probability(batch.to(self.device)).cpu() for batch in images.split(_BATCH)])
         _check_finite("probabilities", parts)
         return parts
@@ -260,17 +263,15 @@ class CLDF:
         `evidence` gave for these images, so that it isn't computed again; read only with an evidence_weight.
         everywhere: False leaves images that show no class to be all background, which their masks are anyway.
         An image's mask depends neither on the batch nor on the order.
-        Raises DataError, naming the first image, where pixels or results are not finite.
+        Raises DataError, naming the first image, where pixels are not in [-1, 1] or results not finite.
         """
         if self.decoder is None or self.prototypes is None:
             raise CheckpointError(
                 "segment: expected a trained decoder and prototypes, got none; train the decoder first"
             )
-        check_tensor("images", images, "floating", ("N", self.unet.in_channels, "H", "W"))
+        self._check_images(images)
         if labels is not None:
             check_tensor("labels", labels, torch.bool, (len(images), self.num_classes))
-        # NaN reaches no threshold: the mask would be empty, as if the image had been found healthy.
-        _check_finite("pixels", images)
         predicted = None
         if labels is None:
             predicted = self.label_probability(images)
@@ -292,6 +293,12 @@ class CLDF:
             mask[batch] = masks_from_probability(probability[batch], present[batch])
         _check_finite("probabilities", probability)
         return Segmentation(mask, probability, predicted, present)
+
+    def _check_images(self, images: Tensor) -> None:
+        check_tensor("images", images, "floating", ("N", self.unet.in_channels, "H", "W"))
+        # NaN reaches no threshold: the mask would be empty, as if the image had been found healthy.
+        lowest, highest = images.flatten(1).aminmax(dim=1)
+        check_pixels(lowest.float().cpu().numpy(), highest.float().cpu().numpy())
 
     def _averaged_probability(self, x: Tensor, present: Tensor) -> Tensor:
         """Class probabilities [B, K + 1, H, W] by the decoder, of both views where they are averaged."""
@@ -324,8 +331,8 @@ def _check_finite(what: str, *values: Tensor) -> None:
     finite = torch.stack([each.isfinite().flatten(1).all(dim=1) for each in values]).all(dim=0)
     if not finite.all():
         raise DataError(
-            f"images: expected finite {what}, got NaN or infinity for image {int(finite.int().argmin())}; its pixels "
-            f"or the networks' weights are not finite, or its gradient overflows"
+            f"images: expected finite {what}, got NaN or infinity for image {int(finite.int().argmin())}; the "
+            f"networks' weights are not finite, or its gradient overflows"
         )
 
 

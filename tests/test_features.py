@@ -328,7 +328,7 @@ def test_what_cannot_be_read_is_named(unet: UNet) -> None:
         foreign(blocks=["embedding"])
     with pytest.raises(ConfigError, match=r"dtype: expected torch\.float32, torch\.bfloat16 or torch\.float16"):
         foreign(downsample=(2,), dtype=torch.float64)
-    with pytest.raises(ConfigError, match="max_batch: expected at least 1, got 0"):
+    with pytest.raises(ConfigError, match="max_batch: expected an integer, 1 or more, got 0"):
         foreign(downsample=(2,), max_batch=0)
     with pytest.raises(DataError, match=r"x: expected floating \[B, 1, H, W\], got float32 \[1, 2, 16, 16\]"):
         foreign(downsample=(2,))(torch.zeros(1, 2, 16, 16), torch.tensor([0]))

@@ -145,7 +145,7 @@ def test_a_bank_s_rows_are_candidates_without_gradient(variant: str) -> None:
 
 
 def test_a_bank_names_what_does_not_fit() -> None:
-    with pytest.raises(ConfigError, match="size: expected at least 1, got 0"):
+    with pytest.raises(ConfigError, match="size: expected an integer, 1 or more, got 0"):
         PixelBank(2, 0, 4)
     with pytest.raises(DataError, match=r"embeddings: expected floating \[M, 4\]"):
         PixelBank(2, 3, 4).enqueue(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64))
@@ -230,7 +230,7 @@ def test_what_losses_are_made_of_is_checked() -> None:
         PixelInfoNCE(variant="sup")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="class_weight: expected finite weights, 0 or more"):
         PixelInfoNCE(class_weight=torch.tensor([1.0, -2.0]))
-    with pytest.raises(ConfigError, match="max_views: expected at least 1, got 0"):
+    with pytest.raises(ConfigError, match="max_views: expected an integer, 1 or more, got 0"):
         PixelContrastLoss(2, max_views=0)
     with pytest.raises(DataError, match=r"labels: expected classes below 2, .* got 2"):
         PixelInfoNCE(class_weight=torch.ones(2))(torch.randn(3, 4), torch.arange(3))

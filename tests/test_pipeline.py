@@ -114,19 +114,33 @@ def test_evidence_of_chosen_images_only(tiny_cldf: CLDF) -> None:
     assert not tiny_cldf.evidence(x, torch.zeros(19, dtype=torch.bool)).gradient_map.any()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_an_image_without_finite_evidence_is_named(tiny_cldf: CLDF, value: float) -> None:
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), "images: expected finite pixels, got NaN or infinity in image 17"),
+        (-float("inf"), "images: expected finite pixels, got NaN or infinity in image 17"),
+        (255.0, r"images: expected pixels in \[-1, 1\], got -0.99.* to 255 in image 17; scale them"),
+        (-1.01, r"images: expected pixels in \[-1, 1\], got -1.01 to 0.99.* in image 17; scale them"),
+    ],
+)
+def test_an_image_with_other_pixels_is_named(tiny_cldf: CLDF, value: float, message: str) -> None:
     x = images(19)
+    x[:, 0, 0, :2] = torch.tensor([-0.9999, 0.9999])
     x[17, 1, 3, 4] = value
-    with pytest.raises(DataError, match=r"images: expected finite evidence, got NaN or infinity for image 17;"):
-        tiny_cldf.evidence(x)
-    assert tiny_cldf.evidence(x, torch.arange(19) != 17).gradient_map.isfinite().all()
-    with pytest.raises(DataError, match=r"finite probabilities, got NaN or infinity for image 17;"):
-        tiny_cldf.label_probability(x)
     none = torch.zeros(19, 3, dtype=torch.bool)
-    for segment in (tiny_cldf.segment, lambda x: tiny_cldf.segment(x, none, everywhere=False)):
-        with pytest.raises(DataError, match=r"finite pixels, got NaN or infinity for image 17;"):
-            segment(x)
+    for method in (
+        tiny_cldf.evidence,
+        tiny_cldf.label_probability,
+        tiny_cldf.segment,
+        lambda x: tiny_cldf.segment(x, none, everywhere=False),
+    ):
+        with pytest.raises(DataError, match=message):
+            method(x)
+
+
+def test_pixels_at_the_ends_of_the_range_are_taken(tiny_cldf: CLDF) -> None:
+    x = images(2).sign() * 1.0001  # resized by others
+    assert tiny_cldf.segment(x).probability.isfinite().all()
 
 
 def test_a_gradient_that_is_not_finite_is_named(tiny_cldf: CLDF) -> None:
@@ -136,12 +150,12 @@ def test_a_gradient_that_is_not_finite_is_named(tiny_cldf: CLDF) -> None:
     networks = (tiny_cldf.unet, tiny_cldf.classifier, tiny_cldf.decoder, tiny_cldf.prototypes)
     cldf = CLDF(make_config(values), *networks)
     x, labels = images(19), torch.ones(19, 3, dtype=torch.bool)
-    x[18, 0, 5, 5] = 40  # the mark of the image whose gradient is spoilt
+    x[18] = 1  # the mark of the image whose gradient is spoilt
     inputs: list[Tensor] = []
 
     def spoil(_module: Any, _args: Any, logits: Tensor) -> None:
         if logits.requires_grad:
-            marked = (inputs[-1][:, 0].abs() > 9).flatten(1).any(dim=1, keepdim=True)
+            marked = inputs[-1].flatten(1).mean(dim=1, keepdim=True) > 0.5
             logits.register_hook(lambda gradient: torch.where(marked, torch.inf, gradient))
 
     cldf.classifier.register_forward_pre_hook(lambda _module, args: inputs.append(args[0].detach()))

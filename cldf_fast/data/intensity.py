@@ -14,6 +14,8 @@ from cldf_fast.errors import DataError
 INTENSITY_RANGE = (-1.0, 1.0)
 """Every image that leaves a dataset lies in this closed range; -1 is air or the window's lower end."""
 
+_ROUNDING = 1e-3  # past the range, by which images that others prepared may miss it
+
 # Tissue is what is brighter than this share of a robust maximum: air and most noise fall below it.
 _TISSUE_FLOOR = 0.1
 # Tissue's median is mapped here, and each robust standard deviation (1.4826 times the median absolute deviation) above
@@ -32,6 +34,26 @@ def checked_window(window: Any) -> tuple[float, float]:
     if not pair or not all(isinstance(end, int | float) for end in pair) or not pair[0] < pair[1]:
         raise DataError(f"window: expected two numbers, low < high, got {window!r}")
     return float(pair[0]), float(pair[1])
+
+
+def check_pixels(lowest: Floats, highest: Floats) -> None:
+    """Raise DataError, naming the first image, unless all pixels of N images are finite and in INTENSITY_RANGE.
+
+    lowest, highest: floating [N], of each image's pixels; NaN where one of them is.
+    """
+    finite = np.isfinite(lowest) & np.isfinite(highest)
+    if not finite.all():
+        raise DataError(
+            f"images: expected finite pixels, got NaN or infinity in image {int(finite.argmin())}", code="non_finite"
+        )
+    low, high = INTENSITY_RANGE
+    outside = (lowest < low - _ROUNDING) | (highest > high + _ROUNDING)
+    if outside.any():
+        first = int(outside.argmax())
+        raise DataError(
+            f"images: expected pixels in [{low:g}, {high:g}], got {lowest[first]:g} to {highest[first]:g} in image "
+            f"{first}; scale them as the training images were"
+        )
 
 
 def normalise_study(

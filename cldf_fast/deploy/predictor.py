@@ -20,6 +20,7 @@ import numpy as np
 from cldf_fast import cases
 from cldf_fast.data.acquisition import Acquisition
 from cldf_fast.data.grid import Floats, Mask
+from cldf_fast.data.intensity import check_pixels
 from cldf_fast.data.stacks import Stack
 from cldf_fast.deploy import ood as unlike
 from cldf_fast.deploy.manifest import SealedDirectory, open_sealed
@@ -295,15 +296,14 @@ class Predictor:
         labels: bool [N, K], given image-level labels; None: the exported classifier's. everywhere: False leaves images
         that show no class to be all background, which their masks are anyway. An image's result depends neither on the
         batch nor on the order.
-        Raises DataError for another shape or dtype, and where a result is not finite.
+        Raises DataError for another shape or dtype, and, naming the first image, where pixels are not in [-1, 1] or a
+        result is not finite.
         """
         settings = self.load()
         shape = self._check_images(images)
         classes = len(settings.class_names)
         if labels is not None and (labels.dtype != np.bool_ or labels.shape != (len(images), classes)):
             raise DataError(f"labels: expected bool {[len(images), classes]}, got {_described(labels)}")
-        # NaN reaches no threshold: the mask would be empty, as if the image had been found healthy.
-        _check_finite("pixels", images)
         label_probability = None
         if labels is None:
             label_probability = self.label_probability(images)
@@ -369,6 +369,9 @@ class Predictor:
         shape = (len(settings.channel_names), settings.size, settings.size)
         if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != shape or not len(images):
             raise DataError(f"images: expected float32 [N, {', '.join(map(str, shape))}], got {_described(images)}")
+        # NaN reaches no threshold: the mask would be empty, as if the image had been found healthy.
+        pixels = images.reshape(len(images), -1)
+        check_pixels(pixels.min(axis=1), pixels.max(axis=1))
         return shape
 
     def _run(self, graph: str, images: Floats, **inputs: Array) -> dict[str, Array]:
@@ -480,8 +483,8 @@ def _check_finite(what: str, values: Floats) -> None:
     finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
     if not finite.all():
         raise DataError(
-            f"images: expected finite {what}, got NaN or infinity for image {int(finite.argmin())}; its pixels are not "
-            f"finite, or half precision overflows",
+            f"images: expected finite {what}, got NaN or infinity for image {int(finite.argmin())}; half precision "
+            f"overflows",
             code="non_finite_result",
         )
 

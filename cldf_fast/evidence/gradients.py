@@ -16,7 +16,7 @@ from cldf_fast.errors import ConfigError, DataError
 from cldf_fast.evidence import cam as cam_methods
 from cldf_fast.evidence.graphs import CudaGraphs
 from cldf_fast.ops import gradient_saliency, noised_batch, pixel_seed
-from cldf_fast.ops._arguments import check_choice, check_tensor, describe
+from cldf_fast.ops._arguments import check_choice, check_count, check_tensor, describe
 from cldf_fast.passes import check_max_batch, split_rows
 
 Classifier = Callable[[Tensor, Tensor], Tensor]
@@ -85,8 +85,7 @@ class ClassifierSaliency:
             raise ConfigError(f"cam_layer: expected a module of the classifier or None, got {type(cam_layer).__name__}")
         check_choice("cam", cam, tuple(cam_methods.METHODS))
         check_choice("target", target, ("log_probability", "logit"))
-        if draws < 1:
-            raise ConfigError(f"draws: expected at least 1, got {draws}")
+        check_count(draws=draws)
         if dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
         self.classifier = classifier

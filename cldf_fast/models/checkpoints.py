@@ -25,6 +25,7 @@ from cldf_fast.errors import CheckpointError, ConfigError
 from cldf_fast.files import atomic_write_bytes
 from cldf_fast.models import peers
 from cldf_fast.models.architecture import Architecture, Kind, Network, first_difference, infer
+from cldf_fast.ops._arguments import check_count
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -82,8 +83,7 @@ class Description:
         low, high = self.pixel_range
         if not low < high:
             raise ConfigError(f"pixel_range: expected (lowest, highest), got {self.pixel_range}")
-        if self.timesteps < 1:
-            raise ConfigError(f"timesteps: expected at least 1, got {self.timesteps}")
+        check_count(timesteps=self.timesteps)
         if len(self.channel_names) != self.architecture.in_channels:
             raise ConfigError(
                 f"channel_names: expected {self.architecture.in_channels} names, one for each input channel, "

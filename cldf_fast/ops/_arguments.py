@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -58,11 +60,30 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
+def check_count(**values: int) -> None:
+    """Raise ConfigError, naming the argument, unless each is an integer, 1 or more."""
+    for name, value in values.items():
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name}: expected an integer, 1 or more, got {value!r}")
+
+
+def check_number(name: str, value: float, expected: str, fits: Callable[[float], bool]) -> None:
+    """Raise ConfigError unless the value is a number that fits, which is then said to be expected."""
+    if not isinstance(value, (int, float)) or not fits(value):
+        raise ConfigError(f"{name}: expected {expected}, got {value!r}")
+
+
+def check_positive(**values: float) -> None:
+    """Raise ConfigError, naming the argument, unless each is a finite number above 0."""
+    for name, value in values.items():
+        check_number(name, value, "a finite number above 0", lambda value: 0 < value < math.inf)
+
+
 def seed_per_image(seed: int | Tensor, like: Tensor, batch: int) -> Tensor:
     """A seed as int64 [batch] on the device of `like`; an int or a single element is the same for every image."""
     if isinstance(seed, Tensor):
         check_tensor("seed", seed, torch.int64, () if seed.ndim == 0 else (batch,), like)
         return seed.expand(batch)
-    if not -(2**63) <= seed < 2**63:
-        raise ConfigError(f"seed: expected an integer of 64 bits with sign, got {seed}")
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ConfigError(f"seed: expected an integer of 64 bits with sign, or a tensor of them, got {seed!r}")
     return torch.full((batch,), seed, dtype=torch.int64, device=like.device)

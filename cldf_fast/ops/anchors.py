@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cldf_fast.errors import ConfigError, DataError
+from cldf_fast.errors import DataError
 from cldf_fast.ops import _dispatch, _native, _triton, reference
-from cldf_fast.ops._arguments import check_tensor, seed_per_image
+from cldf_fast.ops._arguments import check_count, check_tensor, seed_per_image
 
 
 def sample_anchors(
@@ -59,9 +59,7 @@ def sample_anchors(
     if weight is not None:
         check_tensor("weight", weight, "floating", (batch, height, width), labels)
         weight = weight.detach()
-    for name, value in (("num_classes", num_classes), ("per_class", per_class)):
-        if value < 1:
-            raise ConfigError(f"{name}: expected at least 1, got {value}")
+    check_count(num_classes=num_classes, per_class=per_class)
     if image_index is None:
         image_index = torch.arange(batch, device=labels.device)
     check_tensor("image_index", image_index, torch.int64, (batch,), labels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -10,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cldf_fast.errors import ConfigError, DataError
+from cldf_fast.errors import DataError
 from cldf_fast.ops import _dispatch, _infonce_cpu, _native, _triton, reference
-from cldf_fast.ops._arguments import check_choice, check_tensor
+from cldf_fast.ops._arguments import check_choice, check_positive, check_tensor
 
 Variant = Literal["per_positive", "supcon"]
 
@@ -174,8 +173,7 @@ def _checked(
     if self_index is not None:
         check_tensor("self_index", self_index, "integer", (anchors.shape[0],), anchors)
         self_index = self_index.to(torch.int64)
-    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
-        raise ConfigError(f"temperature: expected a finite number above 0, got {temperature!r}")
+    check_positive(temperature=temperature)
     check_choice("variant", variant, ("per_positive", "supcon"))
     anchor_labels, candidate_labels = anchor_labels.to(torch.int64), candidate_labels.to(torch.int64)
     if bank is None and bank_labels is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cldf_fast.errors import ConfigError
 from cldf_fast.ops import _dispatch, _native, _norm_native, reference
-from cldf_fast.ops._arguments import check_tensor
+from cldf_fast.ops._arguments import check_count, check_number, check_tensor
 
 
 def group_norm(
@@ -49,10 +49,10 @@ def group_norm(
     """
     check_tensor("x", x, "floating", ("B", "C", "H", "W"))
     batch, channels = x.shape[:2]
-    if num_groups < 1 or channels % num_groups:
+    check_count(num_groups=num_groups)
+    if channels % num_groups:
         raise ConfigError(f"num_groups: expected a divisor of {channels} channels, got {num_groups}")
-    if not 0 <= eps < math.inf:
-        raise ConfigError(f"eps: expected a finite number, 0 or more, got {eps}")
+    check_number("eps", eps, "a finite number, 0 or more", lambda value: 0 <= value < math.inf)
     for name, each in (("weight", weight), ("bias", bias)):
         check_tensor(name, each, x.dtype, (channels,), x)
     for name, given in (("scale", scale), ("shift", shift)):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cldf_fast.errors import ConfigError, DataError
 from cldf_fast.ops import _dispatch, _native, _saliency_native, reference
-from cldf_fast.ops._arguments import check_choice, check_tensor, describe, seed_per_image
+from cldf_fast.ops._arguments import check_choice, check_number, check_tensor, describe, seed_per_image
 
 Reduce = Literal["max_abs", "sum_abs", "l2"]
 
@@ -133,10 +133,8 @@ def gradient_saliency(
     if min(levels, channels, height, width) < 1:
         raise DataError(f"grad: expected at least one level, channel, row and column, got {describe(grad)}")
     check_choice("reduce", reduce, ("max_abs", "sum_abs", "l2"))
-    if not 0 < percentile <= 1:
-        raise ConfigError(f"percentile: expected a number in (0, 1], got {percentile}")
-    if not 0 <= sigma < math.inf:
-        raise ConfigError(f"sigma: expected a finite number of pixels, 0 or more, got {sigma}")
+    check_number("percentile", percentile, "a number in (0, 1]", lambda value: 0 < value <= 1)
+    check_number("sigma", sigma, "a finite number of pixels, 0 or more", lambda value: 0 <= value < math.inf)
     return _gradient_saliency(grad.detach(), reduce, percentile, sigma, level_norm, impl)
 
 

@@ -1,6 +1,6 @@
 // Around the classifier's forward and backward on the CPU: seeds, noised copies, gradient maps, pixel labels.
 //
-// Tensors are walked in chunks of pixels, whose state stays in the fastest cache, and the gradient is read once, as it
+// Tensors are walked in chunks of pixels, whose state stays in the fastest cache, and the gradient is read as it
 // lies. Results do not depend on the number of threads: the cut into chunks is a matter of the shape alone, and what
 // chunks add up is added in their order.
 //
@@ -166,20 +166,44 @@ struct Gaussian {
   std::vector<int64_t> sources;
 };
 
+// Two values between which the one at `rank` lies most likely, from a sample. scratch: kSample values.
+constexpr int64_t kSample = 256;
+std::array<double, 2> likely_bounds(const double* values, int64_t count, int64_t rank, double* scratch) {
+  const int64_t step = (count / kSample - 1) | 1;  // odd, so that the sample is not of a few columns
+  for (int64_t i = 0; i < kSample; ++i) scratch[i] = values[i * step];
+  const double share = double(rank) / double(count), expected = share * kSample;
+  const double margin = 3.0 * std::sqrt(expected * (1.0 - share)) + 1.0;
+  const auto quantile = [&](double place) {
+    double* const at = scratch + int64_t(std::clamp(place, 0.0, double(kSample - 1)));
+    std::nth_element(scratch, at, scratch + kSample);
+    return *at;
+  };
+  const double low = quantile(expected - margin);
+  return {low, quantile(expected + margin)};
+}
+
 // The value at `rank`, counted from 1, of finite values >= 0 in ascending order: by bisection over their bits, on ever
-// fewer of them. scratch: as long as values.
+// fewer of them, from the bounds that a sample suggests. scratch: as long as values.
 double order_statistic(const double* values, int64_t count, int64_t rank, double least, double most, double* scratch) {
   // A pass that counts costs a tenth of one that copies, unless what it copies is rare.
   constexpr int64_t kFew = 64;
-  int64_t before = kernels().count_up_to(values, count, least), up_to = count;
-  if (rank <= before) return least;
   // The value is above the lower bound and up to the upper one; `before` values are up to the former.
   uint64_t low = order_bits(least), high = order_bits(most);
-  while (high - low > 1) {
-    const uint64_t middle = low + (high - low) / 2;
+  int64_t before = 0, up_to = count;
+  const auto narrow = [&](uint64_t middle) {
     const int64_t found = kernels().count_up_to(values, count, from_order_bits(middle));
     (found < rank ? low : high) = middle;
     (found < rank ? before : up_to) = found;
+  };
+  if (count >= 32 * kSample)
+    for (const double bound : likely_bounds(values, count, rank, scratch))
+      if (order_bits(bound) > low && order_bits(bound) < high) narrow(order_bits(bound));
+  if (low == order_bits(least)) {
+    before = kernels().count_up_to(values, count, least);
+    if (rank <= before) return least;
+  }
+  while (high - low > 1) {
+    narrow(low + (high - low) / 2);
     if (up_to - before > std::max(count / 64, kFew)) continue;
     count = up_to = kernels().collect(values, count, from_order_bits(low), from_order_bits(high), scratch);
     values = scratch;
@@ -204,7 +228,6 @@ class SaliencyMaps {
         walk_(walk_over(grad_, grad_.rows_follow_each_other())),
         pixels_(grad_.height() * grad_.width()),
         rank_(percentile_rank(percentile, pixels_)),
-        held_(std::clamp(kHeldPixels / pixels_, int64_t{1}, std::min(levels(), kHeld))),
         out_(out) {
     const double threads = torch::stable::get_num_threads();
     shared_ = double(grad_.size(1)) * (time() / threads + kSharingTime) < time();
@@ -212,8 +235,8 @@ class SaliencyMaps {
 
   void run() const {
     const auto images = [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<double[]> maps(new double[held_ * pixels_]), saliency(new double[pixels_]);
-      for (int64_t b = begin; b < end; ++b) image(b, maps.get(), saliency.get());
+      const std::unique_ptr<double[]> saliency(new double[pixels_]), scratch(new double[pixels_]);
+      for (int64_t b = begin; b < end; ++b) image(b, saliency.get(), scratch.get());
     };
     // Threads take images, or share each one where there are few.
     if (shared_)
@@ -229,7 +252,7 @@ class SaliencyMaps {
   // Nanoseconds that an image takes.
   double time() const {
     const int64_t taps = vertical_.taps.size() + horizontal_.taps.size();
-    return double(pixels_) * (kReduceTime * double(levels() * channels()) + kCombineTime * double(levels() + taps));
+    return double(pixels_) * (kReduceTime * double(2 * levels() * channels()) + kCombineTime * double(taps));
   }
 
   template <class F>
@@ -238,46 +261,47 @@ class SaliencyMaps {
     each_chunk(maps, walk, shared_ ? time : 1e-9, f);
   }
 
-  // maps: [held, H, W]; saliency: [H, W]. Both are overwritten.
-  void image(int64_t b, double* maps, double* saliency) const {
+  // saliency, scratch: [H, W]. Both are overwritten.
+  void image(int64_t b, double* saliency, double* scratch) const {
     float* out = out_ + b * pixels_;
-    for (int64_t level = 0; level < levels(); level += held_)
-      if (!add_levels(b, level, std::min(held_, levels() - level), maps, saliency)) {
-        std::fill_n(out, pixels_, std::numeric_limits<float>::quiet_NaN());
-        return;
-      }
+    if (!average_levels(b, saliency)) {
+      std::fill_n(out, pixels_, std::numeric_limits<float>::quiet_NaN());
+      return;
+    }
     if (blurs_) {
-      blur(saliency, maps);
-      std::swap(saliency, maps);
+      blur(saliency, scratch);
+      std::swap(saliency, scratch);
     }
     double least, most;
     kernels().extremes(saliency, pixels_, &least, &most);
-    const double upper = order_statistic(saliency, pixels_, rank_, least, most, maps);
+    const double upper = order_statistic(saliency, pixels_, rank_, least, most, scratch);
     kernels().scale(saliency, saliency_scale(upper, most), pixels_, out);
   }
 
-  // Adds the maps of `count` levels, each with its weight, to what the levels before have left. False where the
-  // gradient is not finite.
-  bool add_levels(int64_t b, int64_t first, int64_t count, double* maps, double* saliency) const {
-    const int64_t chunks = walk_.chunks();
-    std::vector<double> sums(count * chunks), weights;
-    each(count, walk_, kReduceTime * double(channels()), [&](int64_t level, const Chunk& chunk) {
-      const int64_t offset = (first + level) * grad_.stride(0) + b * grad_.stride(1);
+  // The mean over levels, each with its weight. False where the gradient is not finite.
+  //
+  // Magnitudes are computed twice, for their sums and for the mean: to hold them, twice as wide as a gradient is,
+  // takes longer.
+  bool average_levels(int64_t b, double* saliency) const {
+    const int64_t chunks = walk_.chunks(), channel_stride = grad_.stride(2);
+    const double time = kReduceTime * double(channels());
+    const auto values = [&](int64_t level, const Chunk& chunk) {
+      return grad_.at(level * grad_.stride(0) + b * grad_.stride(1), chunk);
+    };
+    std::vector<double> sums(levels() * chunks), weights;
+    each(levels(), walk_, time, [&](int64_t level, const Chunk& chunk) {
       sums[level * chunks + chunk.index] =
-          kernels().reduce(reduce_, grad_.at(offset, chunk), channels(), grad_.stride(2), chunk.count,
-                           maps + level * pixels_ + chunk.pixel);
+          kernels().sum_magnitudes(reduce_, values(level, chunk), channels(), channel_stride, chunk.count);
     });
     for (auto part = sums.begin(); part != sums.end(); part += chunks) {
       const double total = std::accumulate(part, part + chunks, 0.0);
       if (!is_finite(total)) return false;
       weights.push_back((level_norm_ ? divide_or_zero(double(pixels_), total) : 1.0) / double(levels()));
     }
-    if (first > 0) weights.push_back(1.0);
-    each(1, {1, pixels_}, kCombineTime * double(count), [&](int64_t, const Chunk& chunk) {
-      std::array<const double*, kHeld + 1> rows;
-      for (int64_t level = 0; level < count; ++level) rows[level] = maps + level * pixels_ + chunk.pixel;
-      rows[count] = saliency + chunk.pixel;
-      kernels().combine(rows.data(), weights.data(), weights.size(), chunk.count, saliency + chunk.pixel);
+    each(1, walk_, time * double(levels()), [&](int64_t, const Chunk& chunk) {
+      for (int64_t level = 0; level < levels(); ++level)
+        kernels().add_magnitudes(reduce_, values(level, chunk), channels(), channel_stride, chunk.count,
+                                 weights[level], level == 0, saliency + chunk.pixel);
     });
     return true;
   }
@@ -310,8 +334,6 @@ class SaliencyMaps {
     });
   }
 
-  // Levels whose maps are held at once, at most; fewer where they would take more than a megabyte.
-  static constexpr int64_t kHeld = 8, kHeldPixels = 131072;
   // What it costs to bring threads together for an image, in nanoseconds.
   static constexpr double kSharingTime = 20000;
 
@@ -320,7 +342,7 @@ class SaliencyMaps {
   const bool level_norm_, blurs_;
   const Gaussian vertical_, horizontal_;
   const Walk walk_;
-  const int64_t pixels_, rank_, held_;
+  const int64_t pixels_, rank_;
   float* const out_;
   bool shared_;
 };

@@ -31,9 +31,13 @@ struct SaliencyKernels {
   void (*add_noise)(const void* x, Dtype dtype, int64_t count, uint64_t seed, int64_t level, int64_t block,
                     NoiseScales scales, void* out);
 
-  // The magnitudes of `count` <= kChunk pixels over the channels; returns their sum. values: of the first channel.
-  double (*reduce)(Reduce reduce, const Values& values, int64_t channels, int64_t channel_stride, int64_t count,
-                   double* magnitude);
+  // The sum of the magnitudes of `count` <= kChunk pixels over the channels. values: of the first channel.
+  double (*sum_magnitudes)(Reduce reduce, const Values& values, int64_t channels, int64_t channel_stride,
+                           int64_t count);
+
+  // Adds them to out, times a weight; writes them there where they are the first.
+  void (*add_magnitudes)(Reduce reduce, const Values& values, int64_t channels, int64_t channel_stride, int64_t count,
+                         double weight, bool first, double* out);
 
   // out[x] = sum over i of weights[i] * rows[i][x]. A blur along a row is that, of the row's shifts.
   void (*combine)(const double* const* rows, const double* weights, int64_t num_rows, int64_t count, double* out);

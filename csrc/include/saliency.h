@@ -76,7 +76,7 @@ enum class Reduce { max_abs, sum_abs, l2 };
 // and so are sums of it: float64 has room for as many squares of float32 as memory holds.
 template <Reduce kReduce>
 struct Magnitude {
-  double total = 0.0;
+  double total = -0.0;  // to which anything is added as it is
   CLDF_SHARED void add(float gradient) {
     const double wide = fabsf(gradient);
     total += kReduce == Reduce::l2 ? wide * wide : wide;

@@ -113,7 +113,8 @@ def test_a_predictor_is_sent_before_it_is_loaded(engine: Path) -> None:
         (lambda x: x.astype(np.float64), r"images: expected float32 \[N, 2, 16, 16\], got float64 \[3, 2, 16, 16\]"),
         (lambda x: x[:, :1], r"got float32 \[3, 1, 16, 16\]"),
         (lambda x: x[:0], r"got float32 \[0, 2, 16, 16\]"),
-        (lambda x: np.where(np.arange(3)[:, None, None, None] == 1, np.nan, x).astype(np.float32), "for image 1;"),
+        (lambda x: np.where(np.arange(3)[:, None, None, None] == 1, np.nan, x).astype(np.float32), "in image 1"),
+        (lambda x: x * np.float32(127.5), r"images: expected pixels in \[-1, 1\], got -1.* to 1.* in image 0"),
     ],
 )
 def test_images_that_do_not_fit_are_named(engine: Path, values: Any, message: str) -> None:

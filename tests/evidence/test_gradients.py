@@ -266,8 +266,8 @@ LEVELS = {"alpha_bar": torch.tensor([0.9, 0.5]), "timesteps": torch.tensor([10.0
         ({"cam_layer": "middle_block"}, "cam_layer: expected a module of the classifier or None, got str"),
         ({"cam": "gradcam++"}, r"cam: expected one of gradcam, layercam, got 'gradcam\+\+'"),
         ({"target": "probability"}, "target: expected one of log_probability, logit, got 'probability'"),
-        ({"draws": 0}, "draws: expected at least 1, got 0"),
-        ({"max_batch": 0}, "max_batch: expected at least 1, got 0"),
+        ({"draws": 0}, "draws: expected an integer, 1 or more, got 0"),
+        ({"max_batch": 0}, "max_batch: expected an integer, 1 or more, got 0"),
         ({"dtype": torch.float16}, "dtype: expected torch.float32 or torch.bfloat16, got torch.float16"),
     ],
 )

@@ -472,7 +472,7 @@ def test_an_unconditional_network_needs_no_labels(tmp_path: Path) -> None:
     ("changes", "sentence"),
     [
         ({"pixel_range": (1, 0)}, r"pixel_range: expected \(lowest, highest\), got \(1, 0\)"),
-        ({"timesteps": 0}, "timesteps: expected at least 1, got 0"),
+        ({"timesteps": 0}, "timesteps: expected an integer, 1 or more, got 0"),
         ({"schedule": "quadratic"}, "schedule: expected 'linear' or 'cosine', got 'quadratic'"),
         ({"channel_names": ("t1",)}, "channel_names: expected 2 names"),
         ({"labels": {3: "spleen"}}, "labels: expected numbers below 3"),

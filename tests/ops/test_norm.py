@@ -182,7 +182,8 @@ def test_the_operator_is_one_of_torch(impl: str) -> None:
     [
         ({"x": torch.ones(2, 6, 3)}, "x: expected floating"),
         ({"num_groups": 4}, "num_groups: expected a divisor of 6 channels, got 4"),
-        ({"num_groups": 0}, "num_groups: expected a divisor of 6 channels, got 0"),
+        ({"num_groups": 0}, "num_groups: expected an integer, 1 or more, got 0"),
+        ({"num_groups": None}, "num_groups: expected an integer, 1 or more, got None"),
         ({"eps": -1.0}, "eps: expected a finite number, 0 or more"),
         ({"weight": torch.ones(5)}, r"weight: expected float32 \[6\]"),
         ({"bias": torch.ones(6).double()}, r"bias: expected float32 \[6\]"),

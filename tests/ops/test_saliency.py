@@ -279,6 +279,7 @@ X, MAPS, PRESENT = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4, 5), torch.ones(
         (lambda: gradient_saliency(X[None], reduce="mean"), ConfigError, "reduce: expected one of max_abs"),
         (lambda: gradient_saliency(X[None], percentile=0.0), ConfigError, r"percentile: expected a number in \(0, 1\]"),
         (lambda: gradient_saliency(X[None], percentile=99), ConfigError, "percentile"),
+        (lambda: gradient_saliency(X[None], percentile="99"), ConfigError, r"a number in \(0, 1\], got '99'"),
         (lambda: gradient_saliency(X[None], sigma=-1.0), ConfigError, "sigma: expected a finite number"),
         (lambda: gradient_saliency(X[None], sigma=math.inf), ConfigError, "sigma"),
         (lambda: fuse_evidence(MAPS[0], MAPS, PRESENT, thresholds=(0, 0, 0, 0)), DataError, "gradient_map: expected"),

@@ -75,77 +75,90 @@ void add_noise(const void* x, Dtype dtype, int64_t count, uint64_t seed, int64_t
 
 // --- Saliency --------------------------------------------------------------------------------------------------------
 
-// value(c, i): channel c at pixel i.
-template <Reduce kReduce, int kChannels, class Value>
-CLDF_INLINE void reduce_few(int64_t count, double* magnitude, Value value) {
-  for (int64_t i = 0; i < count; ++i) {
+// Calls use(magnitude), where magnitude(i) is that of pixel i. value(c, i): channel c of it.
+template <Reduce kReduce, int kChannels, class Value, class Use>
+CLDF_INLINE void with_magnitude(Value value, Use use) {
+  use([&](int64_t i) {
     Magnitude<kReduce> pixel;
     for (int c = 0; c < kChannels; ++c) pixel.add(value(c, i));
-    magnitude[i] = pixel.value();
-  }
+    return pixel.value();
+  });
 }
 
 // A channel after the other, or each pixel's channels side by side.
-template <Reduce kReduce, int kChannels>
-CLDF_INLINE void reduce_few(const Values& values, int64_t channel_stride, int64_t count, double* magnitude) {
+template <Reduce kReduce, int kChannels, class Use>
+CLDF_INLINE void with_few(const Values& values, int64_t channel_stride, int64_t count, Use use) {
   float buffer[kChannels * kChunk];
   if (kChannels > 1 && channel_stride == 1 && values.stride == kChannels) {
     const float* all = read({values.first, values.dtype, 1}, kChannels * count, buffer);
-    reduce_few<kReduce, kChannels>(count, magnitude, [&](int c, int64_t i) { return all[kChannels * i + c]; });
+    with_magnitude<kReduce, kChannels>([=](int c, int64_t i) { return all[kChannels * i + c]; }, use);
   } else {
     const float* channels[kChannels];
     for (int c = 0; c < kChannels; ++c)
       channels[c] = read(shifted(values, c * channel_stride), count, buffer + c * kChunk);
-    reduce_few<kReduce, kChannels>(count, magnitude, [&](int c, int64_t i) { return channels[c][i]; });
+    with_magnitude<kReduce, kChannels>([&](int c, int64_t i) { return channels[c][i]; }, use);
   }
 }
 
-template <Reduce kReduce>
-CLDF_INLINE void reduce_many(const Values& values, int64_t channels, int64_t channel_stride, int64_t count,
-                             double* magnitude) {
+template <Reduce kReduce, class Use>
+CLDF_INLINE void with_many(const Values& values, int64_t channels, int64_t channel_stride, int64_t count, Use use) {
   Magnitude<kReduce> pixels[kChunk];
   float buffer[kChunk];
   for (int64_t c = 0; c < channels; ++c) {
     const float* channel = read(shifted(values, c * channel_stride), count, buffer);
     for (int64_t i = 0; i < count; ++i) pixels[i].add(channel[i]);
   }
-  for (int64_t i = 0; i < count; ++i) magnitude[i] = pixels[i].value();
+  use([&](int64_t i) { return pixels[i].value(); });
 }
 
-double sum(const double* values, int64_t count) {
-  constexpr int64_t kStep = 4 * kDoubles;
-  Doubles sums[4] = {};
-  int64_t i = 0;
-  for (; i + kStep <= count; i += kStep)
-    for (int64_t v = 0; v < 4; ++v) sums[v] += load(values + i + v * kDoubles);
-  const Doubles lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+template <Reduce kReduce, class Use>
+CLDF_INLINE void with_any(const Values& values, int64_t channels, int64_t channel_stride, int64_t count, Use use) {
+  if (channels == 1)
+    with_few<kReduce, 1>(values, channel_stride, count, use);
+  else if (channels == 2)
+    with_few<kReduce, 2>(values, channel_stride, count, use);
+  else if (channels == 3)
+    with_few<kReduce, 3>(values, channel_stride, count, use);
+  else if (channels == 4)
+    with_few<kReduce, 4>(values, channel_stride, count, use);
+  else
+    with_many<kReduce>(values, channels, channel_stride, count, use);
+}
+
+// See `with_magnitude`.
+template <class Use>
+CLDF_INLINE void with_magnitudes(Reduce reduce, const Values& values, int64_t channels, int64_t channel_stride,
+                                 int64_t count, Use use) {
+  if (reduce == Reduce::max_abs)
+    with_any<Reduce::max_abs>(values, channels, channel_stride, count, use);
+  else if (reduce == Reduce::sum_abs)
+    with_any<Reduce::sum_abs>(values, channels, channel_stride, count, use);
+  else
+    with_any<Reduce::l2>(values, channels, channel_stride, count, use);
+}
+
+double sum_magnitudes(Reduce reduce, const Values& values, int64_t channels, int64_t channel_stride, int64_t count) {
   double sum = 0.0;
-  for (int64_t lane = 0; lane < kDoubles; ++lane) sum += lanes[lane];
-  for (; i < count; ++i) sum += values[i];
+  with_magnitudes(reduce, values, channels, channel_stride, count, [&](auto magnitude) {
+    constexpr int64_t kLanes = 16;
+    double lanes[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+      for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += magnitude(i + lane);
+    for (; i < count; ++i) sum += magnitude(i);
+    for (int64_t lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+  });
   return sum;
 }
 
-template <Reduce kReduce>
-double reduce_by(const Values& values, int64_t channels, int64_t channel_stride, int64_t count, double* magnitude) {
-  if (channels == 1)
-    reduce_few<kReduce, 1>(values, channel_stride, count, magnitude);
-  else if (channels == 2)
-    reduce_few<kReduce, 2>(values, channel_stride, count, magnitude);
-  else if (channels == 3)
-    reduce_few<kReduce, 3>(values, channel_stride, count, magnitude);
-  else if (channels == 4)
-    reduce_few<kReduce, 4>(values, channel_stride, count, magnitude);
-  else
-    reduce_many<kReduce>(values, channels, channel_stride, count, magnitude);
-  return sum(magnitude, count);
-}
-
-double reduce(Reduce reduce, const Values& values, int64_t channels, int64_t channel_stride, int64_t count,
-              double* magnitude) {
-  const auto by = reduce == Reduce::max_abs   ? reduce_by<Reduce::max_abs>
-                  : reduce == Reduce::sum_abs ? reduce_by<Reduce::sum_abs>
-                                              : reduce_by<Reduce::l2>;
-  return by(values, channels, channel_stride, count, magnitude);
+void add_magnitudes(Reduce reduce, const Values& values, int64_t channels, int64_t channel_stride, int64_t count,
+                    double weight, bool first, double* out) {
+  with_magnitudes(reduce, values, channels, channel_stride, count, [=](auto magnitude) {
+    if (first)
+      for (int64_t i = 0; i < count; ++i) out[i] = weight * magnitude(i);
+    else
+      for (int64_t i = 0; i < count; ++i) out[i] += weight * magnitude(i);
+  });
 }
 
 // kVectors vectors of out, in registers while the taps go by.
@@ -251,28 +264,54 @@ void scale(const double* saliency, double scale, int64_t count, float* out) {
 
 // --- Fusion ----------------------------------------------------------------------------------------------------------
 
+// What is known of a chunk's pixels after some of the classes.
+struct Fusions {
+  float best[kChunk];
+  int32_t winner[kChunk], unclear[kChunk];
+};
+
+// A class more. kFirst: nothing is known yet. kLast: what comes out is the label.
+template <bool kFirst, bool kLast>
+void add_class(const float* gradients, const float* cams, const Thresholds& thresholds, int32_t label,
+                           int64_t count, Fusions& known, int8_t* labels) {
+  const Thresholds at = thresholds;
+  for (int64_t i = 0; i < count; ++i) {
+    Fusion pixel;
+    if (!kFirst) pixel = {known.best[i], known.winner[i], known.unclear[i]};
+    pixel.add(gradients[i], cams[i], at, label);
+    if (kLast) {
+      labels[i] = pixel.label();
+    } else {
+      known.best[i] = pixel.best;
+      known.winner[i] = pixel.winner;
+      known.unclear[i] = pixel.unclear;
+    }
+  }
+}
+
 void fuse(const Values& gradient_map, int64_t gradient_stride, const Values& cam, int64_t cam_stride,
           const bool* present, int64_t classes, const Thresholds& thresholds, int64_t count, int8_t* labels) {
-  float gradient_buffer[kChunk], cam_buffer[kChunk], best[kChunk] = {};
-  int32_t winner[kChunk] = {}, unclear[kChunk] = {};
-  for (int64_t k = 0; k < classes; ++k) {
+  float gradient_buffer[kChunk], cam_buffer[kChunk];
+  Fusions known;
+  int64_t first = 0, last = classes - 1;
+  while (first < classes && !present[first]) ++first;
+  while (last > first && !present[last]) --last;
+  if (first == classes)
+    for (int64_t i = 0; i < count; ++i) labels[i] = Fusion{}.label();
+  for (int64_t k = first; k <= last; ++k) {
     if (!present[k]) continue;
     const float* gradients = read(shifted(gradient_map, k * gradient_stride), count, gradient_buffer);
     const float* cams = read(shifted(cam, k * cam_stride), count, cam_buffer);
-    for (int64_t i = 0; i < count; ++i) {
-      Fusion pixel{best[i], winner[i], unclear[i]};
-      pixel.add(gradients[i], cams[i], thresholds, int32_t(k + 1));
-      best[i] = pixel.best;
-      winner[i] = pixel.winner;
-      unclear[i] = pixel.unclear;
-    }
+    const auto add = k == first ? (k == last ? add_class<true, true> : add_class<true, false>)
+                                : (k == last ? add_class<false, true> : add_class<false, false>);
+    add(gradients, cams, thresholds, int32_t(k + 1), count, known, labels);
   }
-  for (int64_t i = 0; i < count; ++i) labels[i] = Fusion{best[i], winner[i], unclear[i]}.label();
 }
 
 }  // namespace
 
-extern const SaliencyKernels saliency_kernels{hash,     add_noise,   reduce,  combine, combine_down,
-                                              extremes, count_up_to, collect, scale,   fuse};
+extern const SaliencyKernels saliency_kernels{hash,         add_noise, sum_magnitudes, add_magnitudes, combine,
+                                              combine_down, extremes,  count_up_to,    collect,        scale,
+                                              fuse};
 
 }  // namespace cldf_fast::CLDF_ISA
