@@ -32,6 +32,32 @@ LN2: tl.constexpr = tl.constexpr(math.log(2))
 
 
 @triton.jit
+def _tile_features(ptr, rows, row_counts, d, D: tl.constexpr, WIDEN: tl.constexpr):
+    """Features d of rows [*, D]; rows that don't count are never read and give 0, as features from D on do."""
+    features = tl.load(
+        ptr + rows.to(tl.int64)[:, None] * D + d[None, :], mask=row_counts[:, None] & (d < D)[None, :], other=0.0
+    )
+    return features.to(tl.float32) if WIDEN else features
+
+
+@triton.jit
+def _own_candidates(self_ptr, rows, in_rows, HAS_SELF: tl.constexpr):
+    """The candidate that each anchor itself is, or -1."""
+    if HAS_SELF:
+        return tl.load(self_ptr + rows, mask=in_rows, other=-1).to(tl.int32)
+    else:
+        return tl.full([rows.shape[0]], -1, tl.int32)
+
+
+@triton.jit
+def _anchor_state(grad_loss_ptr, lse_ptr, weight_ptr, rows, row_counts):
+    """lse in base 2, factor and push of anchors: see `_tile_gradient`."""
+    lse = tl.load(lse_ptr + rows, mask=row_counts, other=0.0) * LOG2E
+    factor = tl.load(grad_loss_ptr + rows, mask=row_counts, other=0.0).to(tl.float32)
+    return lse, factor, tl.load(weight_ptr + rows, mask=row_counts, other=0.0)
+
+
+@triton.jit
 def _tile_logits(
     row_ptr,
     column_ptr,
@@ -45,22 +71,11 @@ def _tile_logits(
     DOT_PRECISION: tl.constexpr,
 ):
     """Products [R, C] of rows [*, D] and columns [*, D]; rows that don't count are never read and give 0."""
-    d = tl.arange(0, BLOCK_D)
     product = tl.zeros([rows.shape[0], columns.shape[0]], dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
-        inside = start + d < D
-        left = tl.load(
-            row_ptr + rows.to(tl.int64)[:, None] * D + (start + d)[None, :],
-            mask=row_counts[:, None] & inside[None, :],
-            other=0.0,
-        )
-        right = tl.load(
-            column_ptr + columns.to(tl.int64)[:, None] * D + (start + d)[None, :],
-            mask=column_counts[:, None] & inside[None, :],
-            other=0.0,
-        )
-        if WIDEN:
-            left, right = left.to(tl.float32), right.to(tl.float32)
+        d = start + tl.arange(0, BLOCK_D)
+        left = _tile_features(row_ptr, rows, row_counts, d, D, WIDEN)
+        right = _tile_features(column_ptr, columns, column_counts, d, D, WIDEN)
         product = tl.dot(left, tl.trans(right), product, input_precision=DOT_PRECISION)
     return product
 
@@ -117,9 +132,7 @@ def forward_kernel(
     in_rows = rows < M
     row_label = tl.load(anchor_label_ptr + rows, mask=in_rows, other=-1)
     row_counts = row_label >= 0
-    own = (
-        tl.load(self_ptr + rows, mask=in_rows, other=-1).to(tl.int32) if HAS_SELF else tl.full([BLOCK_M], -1, tl.int32)
-    )
+    own = _own_candidates(self_ptr, rows, in_rows, HAS_SELF)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     positive_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -210,9 +223,7 @@ def positives_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = rows < M
     row_label = tl.load(anchor_label_ptr + rows, mask=in_rows, other=-1)
-    own = (
-        tl.load(self_ptr + rows, mask=in_rows, other=-1).to(tl.int32) if HAS_SELF else tl.full([BLOCK_M], -1, tl.int32)
-    )
+    own = _own_candidates(self_ptr, rows, in_rows, HAS_SELF)
     num_positives = tl.load(positives_ptr + rows, mask=in_rows, other=0)
     row_counts = num_positives > 0
     lse = tl.load(lse_ptr + rows, mask=row_counts, other=0.0) * LOG2E
@@ -303,14 +314,10 @@ def anchor_gradient_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = rows < M
     row_label = tl.load(anchor_label_ptr + rows, mask=in_rows, other=-1)
-    own = (
-        tl.load(self_ptr + rows, mask=in_rows, other=-1).to(tl.int32) if HAS_SELF else tl.full([BLOCK_M], -1, tl.int32)
-    )
+    own = _own_candidates(self_ptr, rows, in_rows, HAS_SELF)
     positives = tl.load(positives_ptr + rows, mask=in_rows, other=0)
     row_counts = positives > 0
-    lse = tl.load(lse_ptr + rows, mask=row_counts, other=0.0) * LOG2E
-    factor = tl.load(grad_loss_ptr + rows, mask=row_counts, other=0.0).to(tl.float32)
-    push = tl.load(weight_ptr + rows, mask=row_counts, other=0.0)
+    lse, factor, push = _anchor_state(grad_loss_ptr, lse_ptr, weight_ptr, rows, row_counts)
     pull = 1.0 / tl.maximum(positives, 1).to(tl.float32)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     gradient = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -325,13 +332,7 @@ def anchor_gradient_kernel(
             )
             shift = tl.where(inside, 0.0, float("-inf"))
             slope = (factor * push)[:, None] * tl.exp2(product * scale + shift[None, :] - lse[:, None])
-            values = tl.load(
-                candidate_ptr + columns.to(tl.int64)[:, None] * D + d[None, :],
-                mask=inside[:, None] & (d < D)[None, :],
-                other=0.0,
-            )
-            if WIDEN:
-                values = values.to(tl.float32)
+            values = _tile_features(candidate_ptr, columns, inside, d, D, WIDEN)
             gradient = tl.dot(slope.to(values.dtype), values, gradient, input_precision=DOT_PRECISION)
     for left in range(first, last, BLOCK_N):
         columns = left + tl.arange(0, BLOCK_N)
@@ -344,13 +345,7 @@ def anchor_gradient_kernel(
         slope = _tile_gradient(
             logits, lse[:, None], factor[:, None], push[:, None], pull[:, None], positive, counted, SUPCON
         )
-        values = tl.load(
-            candidate_ptr + columns.to(tl.int64)[:, None] * D + d[None, :],
-            mask=(label >= 0)[:, None] & (d < D)[None, :],
-            other=0.0,
-        )
-        if WIDEN:
-            values = values.to(tl.float32)
+        values = _tile_features(candidate_ptr, columns, label >= 0, d, D, WIDEN)
         gradient = tl.dot(slope.to(values.dtype), values, gradient, input_precision=DOT_PRECISION)
     gradient = gradient * inverse_temperature
     tl.store(
@@ -400,35 +395,21 @@ def candidate_gradient_kernel(
         for step in range(steps):
             rows, inside = _negative_tile(step, ahead, start, first, last, M, BLOCK_M)
             row_counts = tl.load(positives_ptr + rows, mask=inside, other=0) > 0
-            lse = tl.load(lse_ptr + rows, mask=row_counts, other=0.0) * LOG2E
-            factor = tl.load(grad_loss_ptr + rows, mask=row_counts, other=0.0).to(tl.float32)
-            push = tl.load(weight_ptr + rows, mask=row_counts, other=0.0)
+            lse, factor, push = _anchor_state(grad_loss_ptr, lse_ptr, weight_ptr, rows, row_counts)
             product = _tile_logits(
                 candidate_ptr, anchor_ptr, columns, rows, label >= 0, row_counts, D, BLOCK_D, WIDEN, DOT_PRECISION
             )
             slope = (factor * push)[None, :] * tl.exp2(product * scale - lse[None, :])
-            values = tl.load(
-                anchor_ptr + rows.to(tl.int64)[:, None] * D + d[None, :],
-                mask=row_counts[:, None] & (d < D)[None, :],
-                other=0.0,
-            )
-            if WIDEN:
-                values = values.to(tl.float32)
+            values = _tile_features(anchor_ptr, rows, row_counts, d, D, WIDEN)
             gradient = tl.dot(slope.to(values.dtype), values, gradient, input_precision=DOT_PRECISION)
     for top in range(first, last, BLOCK_M):
         rows = top + tl.arange(0, BLOCK_M)
         in_rows = rows < last
         row_label = tl.load(anchor_label_ptr + rows, mask=in_rows, other=-1)
-        own = (
-            tl.load(self_ptr + rows, mask=in_rows, other=-1).to(tl.int32)
-            if HAS_SELF
-            else tl.full([BLOCK_M], -1, tl.int32)
-        )
+        own = _own_candidates(self_ptr, rows, in_rows, HAS_SELF)
         positives = tl.load(positives_ptr + rows, mask=in_rows, other=0)
         row_counts = positives > 0
-        lse = tl.load(lse_ptr + rows, mask=row_counts, other=0.0) * LOG2E
-        factor = tl.load(grad_loss_ptr + rows, mask=row_counts, other=0.0).to(tl.float32)
-        push = tl.load(weight_ptr + rows, mask=row_counts, other=0.0)
+        lse, factor, push = _anchor_state(grad_loss_ptr, lse_ptr, weight_ptr, rows, row_counts)
         pull = 1.0 / tl.maximum(positives, 1).to(tl.float32)
         logits = scale * _tile_logits(
             candidate_ptr, anchor_ptr, columns, rows, label >= 0, row_counts, D, BLOCK_D, WIDEN, DOT_PRECISION
@@ -438,13 +419,7 @@ def candidate_gradient_kernel(
         slope = _tile_gradient(
             logits, lse[None, :], factor[None, :], push[None, :], pull[None, :], positive, counted, SUPCON
         )
-        values = tl.load(
-            anchor_ptr + rows.to(tl.int64)[:, None] * D + d[None, :],
-            mask=row_counts[:, None] & (d < D)[None, :],
-            other=0.0,
-        )
-        if WIDEN:
-            values = values.to(tl.float32)
+        values = _tile_features(anchor_ptr, rows, row_counts, d, D, WIDEN)
         gradient = tl.dot(slope.to(values.dtype), values, gradient, input_precision=DOT_PRECISION)
     # Candidates that are ignored have met negatives too.
     gradient = tl.where((label >= 0)[:, None], gradient * inverse_temperature, 0.0)
