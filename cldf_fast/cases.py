@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,10 +14,12 @@ import numpy.typing as npt
 from cldf_fast.data.grid import Floats, Mask
 from cldf_fast.data.intensity import normalise_study
 from cldf_fast.data.resizing import to_native_size, to_working_size
-from cldf_fast.data.stacks import Stack, read_channels, read_stack, write_mask
+from cldf_fast.data.stacks import Stack, check_output_folder, read_channels, read_stack, write_mask
 from cldf_fast.errors import ConfigError, DataError, InputWarning
 
 Labels = npt.NDArray[np.bool_]
+Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+"""A file or folder, or a file for each channel: in a list, or in one text, separated by commas."""
 
 # Of a study in the window's unit more than this share of the voxels lies within the window, the middle 98% of them
 # spread over more than this share of it, and where the window starts below 0 some are negative. A CHAOS CT has 0.33
@@ -25,25 +28,60 @@ _LEAST_WITHIN, _LEAST_SPREAD = 0.01, 0.05
 _SLICES_SEEN = 16
 
 
-def parse_labels(text: str, class_names: Sequence[str]) -> Labels:
-    """Image-level labels bool [K] from a comma-separated list of class names, "all" or "none"."""
-    if text in ("all", "none"):
-        return np.full(len(class_names), text == "all")
-    names = [name.strip() for name in text.split(",")]
+def parse_labels(labels: str | Sequence[str], class_names: Sequence[str]) -> Labels:
+    """Image-level labels bool [K] from class names, in a list or separated by commas, "all" or "none"."""
+    if labels in ("all", "none"):
+        return np.full(len(class_names), labels == "all")
+    if not isinstance(labels, Sequence):
+        raise ConfigError(f"labels: expected 'all', 'none' or names of {', '.join(class_names)}, got {labels!r}")
+    names = [name.strip() for name in labels.split(",")] if isinstance(labels, str) else list(labels)
     unknown = [name for name in names if name not in class_names]
     if unknown:
         raise ConfigError(f"labels: expected 'all', 'none' or names of {', '.join(class_names)}, got {unknown[0]!r}")
     return np.array([name in names for name in class_names])
 
 
-def read_case(text: str, num_channels: int, *, replicate: bool = False) -> Stack:
-    """Read one input: a file or folder, or several files of one grid, separated by commas, as channels in order.
+def input_paths(source: Source) -> list[Path]:
+    """The file or folder that an input is, or the file of each channel. Raises DataError for what is no path."""
+    if isinstance(source, str | os.PathLike):
+        text = os.fspath(source)
+        # A path may itself hold a comma (the CHAOS files do): the list reading is for what is no path.
+        parts = [text] if _is_there(text) else text.split(",")
+        parts = [part if _is_there(part) else part.strip() for part in parts]
+    elif isinstance(source, Sequence) and all(isinstance(part, str | os.PathLike) for part in source):
+        parts = [os.fspath(part) for part in source]
+    else:
+        raise DataError(f"source: expected a path, or a list of one for each channel, got {type(source).__name__}")
+    if not parts or not all(parts):
+        raise DataError(f"source: expected a path, or one for each channel, got {source!r}", code="missing_file")
+    return [Path(part) for part in parts]
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return bool(path) and Path(path).exists()
+    except OSError:  # a list of paths can be longer than a path may be
+        return False
+
+
+def check_apart(source: Source, out: Path) -> None:
+    """Raise DataError where masks would be written beside a file of this input."""
+    for path in input_paths(source):
+        check_output_folder(path, out)
+
+
+def read_case(source: Source, num_channels: int, *, replicate: bool = False) -> Stack:
+    """Read one input: a file or folder, or several files of one grid as channels in order.
 
     replicate: use a single channel for all channels of the network.
     """
-    # A path may itself hold a comma (the CHAOS files do): the list reading is for what is no path.
-    paths = [text] if Path(text).exists() else text.split(",")
-    stack = read_stack(paths[0]) if len(paths) == 1 else read_channels(paths)
+    try:
+        paths = input_paths(source)
+        stack = read_stack(paths[0]) if len(paths) == 1 else read_channels(paths)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or source}: can't be read ({error.strerror or error})", code="unreadable"
+        ) from error
     found = stack.image.shape[1]
     if found == 1 and replicate:
         return replace(stack, image=np.repeat(stack.image, num_channels, axis=1))
@@ -113,27 +151,64 @@ def _channel_doubts(stack: Stack) -> Iterator[InputWarning]:
 class OutputFolder:
     """A folder of masks, in which no study's files take the place of another's.
 
-    path: the folder. owners: of files that are there already, by name, the study.
+    path: the folder. owners: of the files that are there, by name, the study, as far as it is known; a file of nobody's
+    is left alone then. None: nothing is known of them, and what is there gives way, but for files of the same object.
     """
 
     def __init__(self, path: Path, owners: Mapping[str, str] | None = None) -> None:
         self.path = path
+        self._known = owners is not None
         self._owners = dict(owners or {})
 
-    def take(self, study: str, files: Sequence[Path]) -> list[Path]:
-        """Move a study's files here; their new paths. Raises DataError where one has the name of another study's."""
-        for file in files:
-            if file.name in self._owners:
+    def check(self, study: str, names: Sequence[str]) -> None:
+        """Raise DataError where a file of a study has the name of one that is not its own."""
+        for name in names:
+            owner = self._owners.get(name)
+            if owner is None and not (self._known and (self.path / name).exists()):
+                continue
+            if owner != study:
+                whose = f"the name of the mask of {owner} too" if owner else "there already, and not from this study"
                 raise DataError(
-                    f"out: {file.name} is the name of the mask of {self._owners[file.name]} too; segment studies whose "
-                    f"files have the same names into folders of their own",
+                    f"out: {name} is {whose}; segment studies whose files have the same names into folders of their "
+                    f"own",
                     code="output_name_taken",
                 )
-        moved = [self.path / file.name for file in files]
-        for file, place in zip(files, moved, strict=True):
-            os.replace(file, place)
+
+    def names_of(self, study: str) -> list[str]:
+        """The study's files that are here."""
+        return [name for name, owner in self._owners.items() if owner == study and (self.path / name).exists()]
+
+    def take(self, study: str, files: Sequence[Path]) -> list[Path]:
+        """Move a study's files here, in place of all that it had; their new paths. Raises as `check` does."""
+        self.check(study, [file.name for file in files])
+        moved: list[Path] = []
+        for file in files:
+            place = self.path / file.name
+            if self._known and file.name not in self._owners:
+                _move_to_new(file, place, study)
+            else:
+                os.replace(file, place)
+            moved.append(place)
             self._owners[place.name] = study
+        for name in set(self.names_of(study)) - {place.name for place in moved}:
+            (self.path / name).unlink()  # such as probabilities of another run
         return moved
+
+
+def _move_to_new(file: Path, place: Path, study: str) -> None:
+    """Move a file where none is, although other processes write to the folder too."""
+    try:
+        os.link(file, place)
+    except FileExistsError:
+        raise DataError(
+            f"out: {place.name} was written for another study meanwhile; segment studies whose files have the same "
+            f"names into folders of their own",
+            code="output_name_taken",
+        ) from None
+    except OSError:  # a file system without links
+        os.replace(file, place)
+    else:
+        file.unlink()
 
 
 def masks_from_probability(probability: Floats, present: Labels) -> Mask:
@@ -160,7 +235,7 @@ def write_case(
 
     probability: float32 [S, K + 1, h, w] at the working size, background first, summing to 1. present: bool [S, K].
     keep_probability: also write the class probabilities. unlike_training: as `stacks.write_mask` takes it.
-    Returns the files written and the number of foreground pixels.
+    Returns the files written and the number of foreground pixels. Raises DataError for a name that is too long.
     """
     size = stack.image.shape[2], stack.image.shape[3]
     # Slice by slice: class probabilities of a whole stack at its own size can be larger than the stack itself.
@@ -171,12 +246,19 @@ def write_case(
         if keep_probability:
             probabilities.append(native[:, 1:])
     mask = np.concatenate(masks)
-    files = write_mask(
-        mask,
-        stack,
-        out,
-        class_names=class_names,
-        probability=np.concatenate(probabilities) if keep_probability else None,
-        unlike_training=unlike_training,
-    )
+    try:
+        files = write_mask(
+            mask,
+            stack,
+            out,
+            class_names=class_names,
+            probability=np.concatenate(probabilities) if keep_probability else None,
+            unlike_training=unlike_training,
+        )
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise DataError(
+            f"{stack.source}: its mask's name would be too long; give the input a shorter name", code="name_too_long"
+        ) from error
     return files, int(np.count_nonzero(mask))

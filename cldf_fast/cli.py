@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import signal
 import sys
 from enum import Enum
 from pathlib import Path
@@ -161,7 +163,7 @@ def segment(
     replicate: Annotated[bool, typer.Option(help="Use a single channel for all channels of the network.")] = False,
 ) -> None:
     """Segment images; masks come in the input's own format and geometry. Exit code 3: some inputs were refused."""
-    from cldf_fast.cases import OutputFolder
+    from cldf_fast.cases import OutputFolder, check_apart
     from cldf_fast.errors import CLDFError, ConfigError
     from cldf_fast.inference import parse_labels, read_case, segment_case
     from cldf_fast.run import Run
@@ -171,6 +173,8 @@ def segment(
     if cldf.decoder is None:
         raise ConfigError(f"{run}: has no decoder yet; run `cldf-fast train decoder --out {run}` first")
     given = None if labels is None else parse_labels(labels, record.class_names)
+    for text in inputs:
+        check_apart(text, out)
     limits = None if window is None else parse_range("--window", window)
     refused, masks = 0, OutputFolder(out)
     for text in inputs:
@@ -256,7 +260,9 @@ def export(
         Path | None,
         typer.Option(help="File of kernels' times, read and written: later builds are faster (tensorrt)."),
     ] = None,
-    backend: Annotated[str, typer.Option(help="What executes the graphs in triton-server: onnx or tensorrt.")] = "onnx",
+    backend: Annotated[
+        str | None, typer.Option(help="What executes the graphs in triton-server: onnx or tensorrt. [onnx]")
+    ] = None,
     data: DataFolder = None,
     window: Annotated[
         str | None, typer.Option(help="LOW,HIGH in stored units that the run was trained on (CT).")
@@ -285,13 +291,14 @@ def export(
             "--data": data,
             "--window": window,
             "--sign": sign,
+            "--backend": backend if format_ is ExportFormat.monai_bundle else None,
         }
         _export_for_server(
             run,
             out,
             format_,
             precision,
-            backend,
+            backend or "onnx",
             batch,
             public_key,
             [name for name, value in made_before.items() if value],
@@ -301,6 +308,8 @@ def export(
         raise ConfigError(
             f"--capability: engines for several GPUs are those of --format tensorrt-rtx, got --format {format_.value}"
         )
+    if backend is not None:
+        raise ConfigError(f"--backend: of a server's graphs (--format triton-server), got --format {format_.value}")
     if public_key is not None:
         raise ConfigError(
             f"--public-key: not for --format {format_.value}, which writes an engine directory; sign it with --sign"
@@ -432,9 +441,9 @@ def predict(
             for warning in outcome.warnings:
                 typer.echo(f"warning ({warning['code']}): {warning['reason']}", err=True)
             typer.echo(
-                f"{outcome.source}: {outcome.slices} slices, {outcome.slices_labelled} labelled, "
-                f"{outcome.foreground_pixels} foreground pixels -> {', '.join(outcome.files[:2])}"
-                f"{' ...' if len(outcome.files) > 2 else ''}"
+                f"{outcome.source}: {'left out, done before: ' if outcome.left_out else ''}{outcome.slices} slices, "
+                f"{outcome.slices_labelled} labelled, {outcome.foreground_pixels} foreground pixels -> "
+                f"{', '.join(outcome.files[:2])}{' ...' if len(outcome.files) > 2 else ''}"
             )
     if refused:
         raise typer.Exit(3)
@@ -605,6 +614,8 @@ def parse_range(option: str, text: str) -> tuple[float, float]:
         low, high = (float(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(f"{option}: expected LOW,HIGH, got {text!r}") from None
+    if not -math.inf < low < high < math.inf:
+        raise ConfigError(f"{option}: expected finite LOW,HIGH with LOW below HIGH, got {text!r}")
     return low, high
 
 
@@ -636,13 +647,15 @@ def _parity_line(parity: Any) -> str:
 
 
 def main() -> None:
-    """Entry point: errors that this package raises on purpose become one sentence; Ctrl-C exits with 130.
+    """Entry point: errors that this package raises on purpose become one sentence; Ctrl-C exits with 130, SIGTERM with
+    143, and what is half written is removed.
 
     Exit codes: 2 for what can't be used, 4 for an engine directory that is not as sealed or does not agree with
     PyTorch.
     """
     from cldf_fast.errors import CLDFError, EngineMismatchError, IntegrityError, ParityError
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
     except (IntegrityError, EngineMismatchError, ParityError) as error:

@@ -43,7 +43,9 @@ REFUSALS = {
     "wrong_channels": "Another number of channels than the network takes.",
     "input_folder": "Masks would be written into the input's own folder.",
     "wrong_modality": "DICOM of another Modality than the training images, which --ood refuse does not let pass.",
-    "output_name_taken": "The mask of another study of the same run has the name.",
+    "output_name_taken": "The mask of another study in the same folder has the name.",
+    "unreadable": "The file system does not let the input be read: permissions, or a name that is too long.",
+    "name_too_long": "The mask's name would be longer than the file system takes.",
     "unlike_training": "Further from the images that the networks were trained on than --ood allows.",
     "non_finite_result": "The network gave NaN or infinity.",
 }

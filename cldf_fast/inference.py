@@ -36,9 +36,9 @@ def parse_labels(text: str, class_names: Sequence[str]) -> Tensor:
     return torch.from_numpy(cases.parse_labels(text, class_names))
 
 
-def read_case(text: str, num_channels: int, *, replicate: bool = False) -> Volume:
+def read_case(source: cases.Source, num_channels: int, *, replicate: bool = False) -> Volume:
     """Read one input: see `cases.read_case`."""
-    return Volume.of(cases.read_case(text, num_channels, replicate=replicate))
+    return Volume.of(cases.read_case(source, num_channels, replicate=replicate))
 
 
 def segment_case(
@@ -58,7 +58,7 @@ def segment_case(
     """
     stack, folder = volume.stack, out if isinstance(out, cases.OutputFolder) else cases.OutputFolder(out)
     folder.path.mkdir(parents=True, exist_ok=True)
-    check_output_folder(stack, folder.path)
+    check_output_folder(stack.source, folder.path)
     images = torch.from_numpy(cases.working_images(stack, cldf.config.data.size, window=window))
     given = None if labels is None else labels.expand(len(images), -1)
     result = cldf.segment(images, given, everywhere=probability)

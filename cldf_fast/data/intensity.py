@@ -31,8 +31,8 @@ _MAX_SAMPLES = 2**17
 def checked_window(window: Any) -> tuple[float, float]:
     """A window, (low, high). Raises DataError for anything else, such as an option of a configuration may hold."""
     pair = window if isinstance(window, Sequence) and len(window) == 2 else ()
-    if not pair or not all(isinstance(end, int | float) for end in pair) or not pair[0] < pair[1]:
-        raise DataError(f"window: expected two numbers, low < high, got {window!r}")
+    if not pair or not all(isinstance(end, int | float) and np.isfinite(end) for end in pair) or not pair[0] < pair[1]:
+        raise DataError(f"window: expected two finite numbers, low < high, got {window!r}")
     return float(pair[0]), float(pair[1])
 
 

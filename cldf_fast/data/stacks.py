@@ -9,6 +9,7 @@ this exactly. Arrays of numpy throughout: an exported engine reads with these fu
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -247,14 +248,14 @@ def write_mask(
         if not (probability.min() >= 0 and probability.max() <= 1):
             raise DataError("probability: expected values in [0, 1], got others or NaN")
     out = Path(out)
-    check_output_folder(stack, out)
+    check_output_folder(stack.source, out)
     values = None if probability is None else probability.astype(np.float32, copy=False)
     return stack.origin.write(mask, values, tuple(class_names), out, unlike_training=unlike_training)
 
 
-def check_output_folder(stack: Stack, out: Path) -> None:
-    """Raises DataError where masks would be written beside the files that the stack was read from."""
-    own = stack.source if stack.source.is_dir() else stack.source.parent
+def check_output_folder(source: Path, out: Path) -> None:
+    """Raises DataError where masks would be written beside a file, or into a folder, that a stack is read from."""
+    own = source if os.path.isdir(source) else source.parent
     if out.resolve() == own.resolve():
         raise DataError(
             f"out: {out} is the input's own folder, whose files could be overwritten; give another folder",

@@ -32,6 +32,7 @@ from cldf_fast.deploy.model_card import Told, model_card
 from cldf_fast.deploy.noise import pixel_seed, standard_normal
 from cldf_fast.deploy.onnx import OPSET, PRECISIONS, to_onnx
 from cldf_fast.deploy.predictor import BOTTLENECK, RESEARCH_USE, Predictor
+from cldf_fast.deploy.signature import private_key
 from cldf_fast.deploy.tensorrt import Batches, TimingCache, build, capabilities, check_capabilities, library
 from cldf_fast.errors import BackendError, ConfigError, ParityError
 from cldf_fast.files import atomic_write_bytes, atomic_write_text
@@ -95,6 +96,8 @@ def export(
         raise ConfigError(f"precisions: expected some of {', '.join(PRECISIONS)}, each once, got {list(precisions)}")
     if out.exists():
         raise ConfigError(f"out: expected a folder that does not exist, got {out}, which does")
+    if signing_key is not None:
+        private_key(signing_key)  # `seal` uses it, minutes later
     target = target or Target()
     _check(target)
     timing_cache = TimingCache(target.timing_cache) if target.flavour == "tensorrt" else None

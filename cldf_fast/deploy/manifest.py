@@ -227,6 +227,14 @@ class SealedDirectory:
                 found = _measure(file, entry.size + 1)
             self._compare(name, found)
 
+    def check_outside(self, out: Path) -> None:
+        """Raise ConfigError for a place in the directory, which would not be as it was sealed with a file more."""
+        if self.folder in (place := out.resolve()).parents or place == self.folder:
+            raise ConfigError(
+                f"out: expected a folder outside of the engine directory {self.folder}, whose seal a further file "
+                f"breaks, got {out}"
+            )
+
     def copy_to(self, folder: Path) -> None:
         """Write all of it, every byte checked, to a folder, which is an engine directory then."""
         for name in self.manifest.files:

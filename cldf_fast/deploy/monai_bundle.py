@@ -47,6 +47,7 @@ def write_monai_bundle(
     directory lacks. Nothing is left at `out` then.
     """
     sealed = open_sealed(engine, public_key=public_key)
+    sealed.check_outside(out)
     settings = Settings.of(sealed)
     if precision is not None and precision not in settings.precisions:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """What `cldf-fast predict` does: many studies through a predictor, read, segmented and written side by side. No torch.
 
 OUT/<masks>            in each study's own format and geometry
-OUT/summary.json       a record a study; of several parts, summary-<part>.json each
+OUT/summary.json       a record a study, earlier calls' included; of several parts, summary-<part>.json each
 OUT/audit.jsonl        one entry a study: see `deploy.audit`
 """
 
@@ -12,14 +12,15 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from cldf_fast import __version__
-from cldf_fast.cases import OutputFolder
-from cldf_fast.data.stacks import Stack, check_output_folder
+from cldf_fast.cases import OutputFolder, check_apart, parse_labels
+from cldf_fast.data.intensity import checked_window
+from cldf_fast.data.stacks import Stack
 from cldf_fast.deploy.audit import AuditLog, pseudonym, pseudonym_key
 from cldf_fast.deploy.ood import LEVELS
 from cldf_fast.deploy.predictor import PredictedCase, Predictor, SegmentedStudy
@@ -48,10 +49,12 @@ class Part:
 class Outcome:
     """What became of one study, by this run or an earlier one.
 
-    status: "done" or "refused"; reason: why refused, and code: of that (see `errors.REFUSALS`). warnings: "code" (see
-    `errors.WARNINGS`) and "reason" of what is doubtful about a study that is done. ood: how unlike the training images
-    it is, as `deploy.ood.Judgement.to_json` gives it, or "not available" where the directory has no such score; None
-    where the study was refused before that.
+    status: "done" or "refused", and "writing" where a process was stopped while its files were moved. reason: why
+    refused, and code: of that (see `errors.REFUSALS`). warnings: "code" (see `errors.WARNINGS`) and "reason" of what is
+    doubtful about a study that is done. files: of the study in the folder; where it is refused, an earlier run's. ood:
+    how unlike the training images it is, as `deploy.ood.Judgement.to_json` gives it, or "not available" where the
+    directory has no such score; None where the study was refused before that. request: what was asked for: the engine
+    directory, its precision and all options. left_out: an earlier run had done it; not in the summary.
     """
 
     source: str
@@ -65,6 +68,14 @@ class Outcome:
     foreground_pixels: int = 0
     seconds: float = 0.0
     ood: dict[str, Any] | str | None = None
+    request: dict[str, Any] = field(default_factory=dict)
+    left_out: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As the summary holds it."""
+        content = asdict(self)
+        del content["left_out"]
+        return content
 
 
 def predict(
@@ -83,18 +94,35 @@ def predict(
     """Segment studies and write their masks to the folder `out`; yields what became of each, in order.
 
     While one study is segmented the next is read and the one before is written: three are in memory, never more. A
-    study that can't be used is refused, and nothing of it is written. go_on: leave out what the summary of an earlier
-    run lists as done, and whose files are there. Other arguments as in `Predictor.predict`.
-    Raises IntegrityError, BackendError, EngineMismatchError or ConfigError, before any study, where the predictor or an
-    argument can't be used; IntegrityError also where a graph does not give what the directory says.
+    study that can't be used is refused, and nothing of it is written; so is one whose mask would take the place of
+    another's, whichever run or part wrote that. go_on: leave out what a summary in `out` lists as done with the same
+    engine directory and options, and whose files are there. Other arguments as in `Predictor.predict`.
+    Raises IntegrityError, BackendError, EngineMismatchError, DataError or ConfigError, before any study, where the
+    predictor or an argument can't be used; IntegrityError also where a graph does not give what the directory says.
     """
     if ood not in LEVELS:
         raise ConfigError(f"ood: expected one of {', '.join(LEVELS)}, got {ood!r}")
     part = part or Part()
-    predictor.load()
-    out.mkdir(parents=True, exist_ok=True)
+    settings = predictor.load()
+    if labels is not None:
+        parse_labels(labels, settings.class_names)
+    if window is not None:
+        checked_window(window)
+    predictor.sealed.check_outside(out)
     mine = list(sources)[part.number :: part.total]
-    ledger = _Ledger(predictor, mine, out, part, go_on=go_on, probability=probability)
+    for source in mine:
+        check_apart(source, out)
+    request = {
+        "manifest_sha256": predictor.sealed.manifest.sha256,
+        "precision": predictor.precision or settings.precisions[0],
+        "labels": labels,
+        "window": None if window is None else list(window),
+        "probability": probability,
+        "replicate": replicate,
+        "ood": ood,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    ledger = _Ledger(predictor, out, part, request, go_on=go_on)
 
     def read(source: str) -> _Found:
         if source in ledger.done:
@@ -108,7 +136,6 @@ def predict(
         if not isinstance(found, Stack):
             return found
         try:
-            check_output_folder(found, out)
             return predictor.segment_study(found, labels=labels, window=window, probability=probability, ood=ood)
         except IntegrityError:
             raise  # The directory is to blame, not the study.
@@ -146,32 +173,41 @@ _Found = Outcome | Stack | SegmentedStudy | _Refused | CLDFError
 class _Ledger:
     """What becomes of each study, entered in order: files, audit.jsonl, summary.json."""
 
-    def __init__(
-        self, predictor: Predictor, sources: Sequence[str], out: Path, part: Part, *, go_on: bool, probability: bool
-    ) -> None:
-        self.predictor, self.out, self.probability = predictor, out, probability
+    def __init__(self, predictor: Predictor, out: Path, part: Part, request: dict[str, Any], *, go_on: bool) -> None:
+        self.predictor, self.out, self.request = predictor, out, request
         self.summary = out / ("summary.json" if part.total == 1 else f"summary-{part.number}.json")
-        self.done = _done(self.summary, out) if go_on else {}
         self.audit = AuditLog(out / "audit.jsonl", fields=AUDIT_FIELDS)
         self.key = pseudonym_key(out / "audit.jsonl")
-        self.outcomes: list[Outcome] = []
-        owners = {name: source for source in sources if source in self.done for name in self.done[source].files}
-        self.masks = OutputFolder(out, owners)
+        # In the folder's other summaries too: of other parts, and of runs that were shared otherwise.
+        recorded = {path: _recorded(path, out) for path in sorted({*out.glob("summary*.json"), self.summary})}
+        everything = [each for records in recorded.values() for each in records]
+        asked = [each for each in everything if each.status == "done" and each.request == request]
+        self.done = {each.source: replace(each, left_out=True) for each in asked} if go_on else {}
+        everything.sort(key=lambda each: each.status == "done")  # whose files are surely its own
+        self.masks = OutputFolder(out, {name: each.source for each in everything for name in each.files})
+        self.records = {each.source: each for each in recorded[self.summary]}
+        self._write_summary()
 
     def enter(self, source: str, found: _Found, started: float) -> Outcome:
-        """Write a study's files, or why there are none; only then does the summary list it."""
+        """Write a study's files, or why there are none; only then does the summary list it as done."""
         outcome = found if isinstance(found, Outcome) else self._new(source, found, started)
-        self.outcomes.append(outcome)
+        self._record(outcome)
+        return outcome
+
+    def _record(self, outcome: Outcome) -> None:
+        self.records[outcome.source] = outcome
+        self._write_summary()
+
+    def _write_summary(self) -> None:
         content = {
             "version": __version__,
             **asdict(self.predictor.execution),
-            "cases": [asdict(each) for each in self.outcomes],
+            "cases": [each.to_json() for each in self.records.values()],
         }
         atomic_write_text(self.summary, json.dumps(content, indent=2) + "\n")
-        return outcome
 
     def _new(self, source: str, found: _Found, started: float) -> Outcome:
-        outcome = Outcome(source, "refused")
+        outcome = Outcome(source, "refused", request=self.request)
         entry: dict[str, Any] = {"source": pseudonym(source, self.key)}
         if isinstance(found, SegmentedStudy | _Refused):
             entry["pixels_sha256"] = hashlib.sha256(found.stack.image.tobytes()).hexdigest()
@@ -182,21 +218,26 @@ class _Ledger:
                 raise found
             assert isinstance(found, SegmentedStudy)
             with TemporaryDirectory(prefix=".partial-", dir=self.out) as beside:
-                case = self.predictor.write(found, beside, probability=self.probability)
+                case = self.predictor.write(found, beside, probability=self.request["probability"])
                 hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in case.files]
-                names = [file.name for file in self.masks.take(source, case.files)]
-                outcome, entry["outputs_sha256"] = _outcome(source, case, names), hashes
+                names = [file.name for file in case.files]
+                self.masks.check(source, names)
+                # A process that is stopped between here and the end leaves word of whose the files are.
+                self._record(Outcome(source, "writing", files=names, request=self.request))
+                self.masks.take(source, case.files)
+                outcome, entry["outputs_sha256"] = _outcome(source, case, names, self.request), hashes
         except CLDFError as error:
             # The sentence names files, and so perhaps the patient: it stays out of the log.
             outcome.reason, entry["reason"] = str(error), type(error).__name__
             outcome.code = entry["code"] = error.code
             outcome.ood = error.scores if isinstance(error, UnlikeTrainingError) else None
+            outcome.files = self.masks.names_of(source)
         outcome.seconds = round(time.perf_counter() - started, 3)
         self.audit.append(**entry, **_provenance(self.predictor, outcome))
         return outcome
 
 
-def _outcome(source: str, case: PredictedCase, files: list[str]) -> Outcome:
+def _outcome(source: str, case: PredictedCase, files: list[str], request: dict[str, Any]) -> Outcome:
     return Outcome(
         source,
         "done",
@@ -206,6 +247,7 @@ def _outcome(source: str, case: PredictedCase, files: list[str]) -> Outcome:
         slices_labelled=int(case.present.any(axis=1).sum()),
         foreground_pixels=case.foreground_pixels,
         ood="not available" if case.ood is None else case.ood.to_json(),
+        request=request,
     )
 
 
@@ -227,14 +269,16 @@ def _provenance(predictor: Predictor, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _done(summary: Path, out: Path) -> dict[str, Outcome]:
-    """Of an earlier run, by source: what was done and is still there. A summary that can't be read lists nothing."""
+def _recorded(summary: Path, out: Path) -> list[Outcome]:
+    """What a summary lists and, where it lists files, is still there. One that can't be read lists nothing."""
+    known = {each.name for each in fields(Outcome)}
     try:
-        recorded = [Outcome(**case) for case in json.loads(summary.read_text(encoding="utf-8"))["cases"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return {
-        each.source: each
-        for each in recorded
-        if each.status == "done" and all((out / file).is_file() for file in each.files)
-    }
+        cases = json.loads(summary.read_text(encoding="utf-8"))["cases"]
+        recorded = [Outcome(**{name: value for name, value in case.items() if name in known}) for case in cases]
+        return [each for each in recorded if each.status != "done" or _has_all(each, out)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def _has_all(outcome: Outcome, out: Path) -> bool:
+    return all((out / file).is_file() for file in outcome.files)

@@ -9,6 +9,7 @@ A predictor can be pickled before it is loaded, so that Ray, Dask or a pool of p
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import numpy as np
 from cldf_fast import cases
 from cldf_fast.data.acquisition import Acquisition
 from cldf_fast.data.grid import Floats, Mask
-from cldf_fast.data.intensity import check_pixels
+from cldf_fast.data.intensity import check_pixels, checked_window
 from cldf_fast.data.stacks import Stack
 from cldf_fast.deploy import ood as unlike
 from cldf_fast.deploy.manifest import SealedDirectory, open_sealed
@@ -41,6 +42,8 @@ GRAPHS = ("segmentation", "labels")
 BOTTLENECK = "bottleneck"
 """A third graph, of directories that have a score of how unlike the training images a study is."""
 ON_ENGINE_ERROR = ("fail", "rebuild", "onnx")
+# More only wait for each other: with hundreds ONNX Runtime comes to a standstill.
+_THREADS_PER_CORE = 4
 RESEARCH_USE = "Research use only; not to be used for diagnostic purposes."
 
 
@@ -179,6 +182,11 @@ class Predictor:
             raise ConfigError(f"on_engine_error: expected one of {', '.join(ON_ENGINE_ERROR)}, got {on_engine_error!r}")
         if backend not in ("onnx", "tensorrt", "tensorrt_rtx"):
             raise ConfigError(f"backend: expected onnx, tensorrt or tensorrt_rtx, got {backend!r}")
+        most = _THREADS_PER_CORE * (os.cpu_count() or 1)
+        if not isinstance(threads, int) or not 0 <= threads <= most:
+            raise ConfigError(f"threads: expected an integer from 0 (all cores) to {most}, got {threads!r}")
+        if not isinstance(max_batch, int) or max_batch < 1:
+            raise ConfigError(f"max_batch: expected an integer, 1 or more, got {max_batch!r}")
         self.folder = Path(folder)
         self.precision = precision
         self.backend = backend
@@ -302,7 +310,9 @@ class Predictor:
         settings = self.load()
         shape = self._check_images(images)
         classes = len(settings.class_names)
-        if labels is not None and (labels.dtype != np.bool_ or labels.shape != (len(images), classes)):
+        if labels is not None and (
+            not isinstance(labels, np.ndarray) or labels.dtype != np.bool_ or labels.shape != (len(images), classes)
+        ):
             raise DataError(f"labels: expected bool {[len(images), classes]}, got {_described(labels)}")
         label_probability = None
         if labels is None:
@@ -361,13 +371,20 @@ class Predictor:
         detector = self.load().detector
         if detector is None:
             return None
+        self._check_images(images)
         chosen = images[unlike.spread(len(images))]
         return detector.judge({"intensity": unlike.intensity_features(chosen), BOTTLENECK: self.bottleneck(chosen)})
 
     def _check_images(self, images: Floats) -> tuple[int, int, int]:
         settings = self.load()
         shape = (len(settings.channel_names), settings.size, settings.size)
-        if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != shape or not len(images):
+        if (
+            not isinstance(images, np.ndarray)
+            or images.dtype != np.float32
+            or images.ndim != 4
+            or images.shape[1:] != shape
+            or not len(images)
+        ):
             raise DataError(f"images: expected float32 [N, {', '.join(map(str, shape))}], got {_described(images)}")
         # NaN reaches no threshold: the mask would be empty, as if the image had been found healthy.
         pixels = images.reshape(len(images), -1)
@@ -392,13 +409,13 @@ class Predictor:
         levels = settings.levels[graph]
         return np.stack([standard_normal(pixel_seed(view), levels, view.shape[1:]) for view in views], axis=1)
 
-    def read(self, text: str, *, replicate: bool = False) -> Stack:
+    def read(self, source: cases.Source, *, replicate: bool = False) -> Stack:
         """One input, as `cases.read_case` reads it, with the channels that the networks want."""
-        return cases.read_case(text, len(self.load().channel_names), replicate=replicate)
+        return cases.read_case(source, len(self.load().channel_names), replicate=replicate)
 
     def predict(
         self,
-        source: str | Stack,
+        source: cases.Source | Stack,
         out: str | Path,
         *,
         labels: Sequence[str] | str | None = None,
@@ -408,20 +425,22 @@ class Predictor:
     ) -> PredictedCase:
         """Segment one study and write its mask to the folder `out`, in the study's own format and geometry.
 
-        source: a path (see `cases.read_case`) or what `read` returned. labels: names of the classes that are present in
-        every slice, "all" or "none"; None: predicted slice by slice. window: (low, high) in stored units, in place of
-        the directory's own. probability: also write the class probabilities. ood: "accept", "warn" or "refuse", the
-        most that happens to a study that is unlike the training images by its score; a study of another modality is
-        refused with "refuse", and warned of without.
+        A file of the same name gives way; `deploy.prediction.predict` writes no mask over another study's.
+        source: a path, one for each channel (see `cases.read_case`), or what `read` returned. labels: names of the
+        classes that are present in every slice, "all" or "none"; None: predicted slice by slice. window: (low, high) in
+        stored units, in place of the directory's own. probability: also write the class probabilities. ood: "accept",
+        "warn" or "refuse", the most that happens to a study that is unlike the training images by its score; a study of
+        another modality is refused with "refuse", and warned of without.
         Raises DataError for an input that can't be used, UnlikeTrainingError for one that is refused; nothing is
         written then.
         """
+        self.sealed.check_outside(Path(out))
         study = self.segment_study(source, labels=labels, window=window, probability=probability, ood=ood)
         return self.write(study, out, probability=probability)
 
     def segment_study(
         self,
-        source: str | Stack,
+        source: cases.Source | Stack,
         *,
         labels: Sequence[str] | str | None = None,
         window: tuple[float, float] | None = None,
@@ -430,8 +449,9 @@ class Predictor:
     ) -> SegmentedStudy:
         """The part of `predict` that runs the graphs; arguments and errors as there."""
         settings = self.load()
-        stack = self.read(source) if isinstance(source, str) else source
-        window = window or settings.window
+        given = None if labels is None else cases.parse_labels(labels, settings.class_names)
+        window = settings.window if window is None else checked_window(window)
+        stack = source if isinstance(source, Stack) else self.read(source)
         unlike_acquired = tuple(settings.acquisition.doubts(stack, settings.size))
         for doubt in unlike_acquired:
             if doubt.code == "other_modality" and ood == "refuse":
@@ -446,11 +466,8 @@ class Predictor:
                     f"check channels, orientation and modality, or use --ood warn",
                     judgement.to_json(),
                 )
-        given = None
-        if labels is not None:
-            text = labels if isinstance(labels, str) else ",".join(labels)
-            given = np.repeat(cases.parse_labels(text, settings.class_names)[None], len(images), axis=0)
-        result = self.segment(images, given, everywhere=probability)
+        present = None if given is None else np.repeat(given[None], len(images), axis=0)
+        result = self.segment(images, present, everywhere=probability)
         doubts = (*stack.warnings, *unlike_acquired, *cases.window_doubts(stack, window))
         return SegmentedStudy(stack, result, doubts, judgement)
 
@@ -490,4 +507,4 @@ def _check_finite(what: str, values: Floats) -> None:
 
 
 def _described(values: Any) -> str:
-    return f"{values.dtype} {list(values.shape)}"
+    return f"{values.dtype} {list(values.shape)}" if isinstance(values, np.ndarray) else type(values).__name__

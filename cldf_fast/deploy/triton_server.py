@@ -72,6 +72,7 @@ def write_triton_repository(
     EngineMismatchError where there is no engine. Nothing is left at `out` then.
     """
     sealed = open_sealed(engine, public_key=public_key)
+    sealed.check_outside(out)
     settings = Settings.of(sealed)
     precision = precision or settings.precisions[0]
     if precision not in settings.precisions:

@@ -69,14 +69,13 @@ def noised_batch(x: Tensor, alpha_bar: Tensor, seed: int | Tensor, *, impl: str 
     return _noised_batch(x, alpha_bar.detach(), seed_per_image(seed, x, x.shape[0]), impl)
 
 
-@torch.library.custom_op("cldf_fast::noised_batch", mutates_args=())
-def _noised_batch(x: Tensor, alpha_bar: Tensor, seed: Tensor, impl: str) -> Tensor:
-    return _dispatch.run("noised_batch", impl, x, alpha_bar, seed)
-
-
-@_noised_batch.register_fake
-def _(x: Tensor, alpha_bar: Tensor, seed: Tensor, impl: str) -> Tensor:
+def _empty_noised(x: Tensor, alpha_bar: Tensor, *_: Any) -> Tensor:
     return x.new_empty(alpha_bar.shape[0] * x.shape[0], *x.shape[1:])
+
+
+_noised_batch = _dispatch.operator(
+    "noised_batch(Tensor x, Tensor alpha_bar, Tensor seed, str impl) -> Tensor", _empty_noised
+)
 
 
 def _save_alpha_bar(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -92,7 +91,7 @@ def _differentiate_noised_batch(ctx: Any, grad: Tensor) -> tuple[Tensor | None, 
     return (by_level * signal_scale.view(-1, 1, 1, 1, 1)).sum(dim=0).to(grad.dtype), None, None, None
 
 
-_noised_batch.register_autograd(_differentiate_noised_batch, setup_context=_save_alpha_bar)
+_dispatch.differentiate("noised_batch", _differentiate_noised_batch, _save_alpha_bar)
 
 
 def gradient_saliency(

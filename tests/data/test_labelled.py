@@ -116,7 +116,7 @@ def test_a_folder_without_a_table_is_named(tmp_path: Path) -> None:
 def test_options_and_splits_that_do_not_fit_are_named(root: Path) -> None:
     write(root, ROWS)
     for window in (5, "1,2", [3, 1], [1, 2, 3]):
-        with pytest.raises(DataError, match="window: expected two numbers, low < high, got"):
+        with pytest.raises(DataError, match="window: expected two finite numbers, low < high, got"):
             open_dataset("labelled", root, window=window)
     with pytest.raises(ConfigError, match="unknown option 'size', expected one of window, modality"):
         open_dataset("labelled", root, size=3)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import pickle
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,8 @@ from typer.testing import CliRunner
 from cldf_fast.cli import app
 from cldf_fast.deploy import export as exporting
 from cldf_fast.deploy import parity
-from cldf_fast.deploy.audit import verify_audit
 from cldf_fast.deploy.export import Target, export
 from cldf_fast.deploy.manifest import EngineKey, open_sealed, seal
-from cldf_fast.deploy.prediction import Part, predict
 from cldf_fast.deploy.predictor import Predictor
 from cldf_fast.deploy.tensorrt import Batches, capabilities
 from cldf_fast.deploy.verification import verify
@@ -34,7 +30,7 @@ from cldf_fast.errors import BackendError, ConfigError, DataError, EngineMismatc
 from cldf_fast.inference import read_case, segment_case
 from cldf_fast.pipeline import CLDF
 from cldf_fast.run import Run
-from tests.deploy.conftest import images, write_study
+from tests.deploy.conftest import images
 from tests.test_run import RECORD
 
 runner = CliRunner()
@@ -113,6 +109,7 @@ def test_a_predictor_is_sent_before_it_is_loaded(engine: Path) -> None:
         (lambda x: x.astype(np.float64), r"images: expected float32 \[N, 2, 16, 16\], got float64 \[3, 2, 16, 16\]"),
         (lambda x: x[:, :1], r"got float32 \[3, 1, 16, 16\]"),
         (lambda x: x[:0], r"got float32 \[0, 2, 16, 16\]"),
+        (lambda x: x.tolist(), r"images: expected float32 \[N, 2, 16, 16\], got list"),
         (lambda x: np.where(np.arange(3)[:, None, None, None] == 1, np.nan, x).astype(np.float32), "in image 1"),
         (lambda x: x * np.float32(127.5), r"images: expected pixels in \[-1, 1\], got -1.* to 1.* in image 0"),
     ],
@@ -125,6 +122,13 @@ def test_images_that_do_not_fit_are_named(engine: Path, values: Any, message: st
 def test_labels_that_do_not_fit_are_named(engine: Path) -> None:
     with pytest.raises(DataError, match=r"labels: expected bool \[2, 3\], got bool \[2, 2\]"):
         Predictor(engine).segment(images(2), np.ones((2, 2), bool))
+    with pytest.raises(DataError, match=r"labels: expected bool \[2, 3\], got str"):
+        Predictor(engine).segment(images(2), "all")
+    with pytest.raises(ConfigError, match=r"labels: expected 'all', 'none' or names of .*, got True"):
+        Predictor(engine).segment_study("none.nii", labels=True)
+    for option, value in (("threads", 9999), ("threads", -1), ("threads", "1"), ("max_batch", 0)):
+        with pytest.raises(ConfigError, match=f"{option}: expected an integer"):
+            Predictor(engine, **{option: value})
     with pytest.raises(ConfigError, match=r"precision: expected one of float32, float16, .* got 'bfloat16'"):
         Predictor(engine, precision="bfloat16").load()
     with pytest.raises(ConfigError, match="backend: expected onnx, tensorrt or tensorrt_rtx, got 'cuda'"):
@@ -191,6 +195,7 @@ def test_an_export_that_fails_leaves_nothing(
         ({"precisions": ("int8",)}, ConfigError, r"precisions: expected some of float32.*, got \['int8'\]"),
         ({"precisions": ()}, ConfigError, "precisions: expected some of"),
         ({"target": Target("tensorrt")}, BackendError, "tensorrt: is not installed"),
+        ({"signing_key": Path(__file__)}, ConfigError, r"test_export\.py: expected an Ed25519 private key in PEM"),
     ],
 )
 def test_what_can_not_be_exported_is_said_at_once(
@@ -268,90 +273,7 @@ def test_settings_that_lack_something_are_refused(copied: Path, name: str) -> No
         Predictor(copied).load()
 
 
-# Many studies
-
-
-def test_predict_keeps_going_and_says_what_was_refused(engine: Path, study: str, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    broken = tmp_path / "Jane Doe.nii.gz"
-    broken.write_bytes(b"no NIfTI")
-    outcomes = list(predict(Predictor(engine), [study, str(broken), study.replace("t1", "none")], out, labels="all"))
-    assert [outcome.status for outcome in outcomes] == ["done", "refused", "refused"]
-    assert outcomes[0].files == ["t1_mask.nii.gz"]
-    assert outcomes[0].slices == outcomes[0].slices_labelled == 7
-    assert "Jane Doe.nii.gz" in outcomes[1].reason
-    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    assert [case["status"] for case in summary["cases"]] == ["done", "refused", "refused"]
-    assert verify_audit(out / "audit.jsonl").entries == 3
-    log = (out / "audit.jsonl").read_text(encoding="utf-8")
-    assert "Jane" not in log
-    assert "t1" not in log
-    assert open_sealed(engine).manifest.sha256 in log
-    assert {file.name for file in out.iterdir()} == {"t1_mask.nii.gz", "summary.json", "audit.jsonl", "audit.key"}
-
-
-def test_a_study_is_written_while_the_next_is_segmented(
-    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rng = np.random.default_rng()
-    sources = [write_study(rng.gamma(2.0, 100.0, (3, 2, 16, 16)), tmp_path, name) for name in ("a", "b", "c")]
-    writing, segmenting, met = threading.Event(), threading.Event(), []
-    write, segment_study, count = Predictor.write, Predictor.segment_study, itertools.count()
-
-    def slow_write(self: Predictor, *arguments: Any, **options: Any) -> Any:
-        writing.set()
-        met.append(segmenting.wait(60))
-        return write(self, *arguments, **options)
-
-    def waiting_segment_study(self: Predictor, *arguments: Any, **options: Any) -> Any:
-        if next(count) == 1:
-            segmenting.set()
-            met.append(writing.wait(60))
-        return segment_study(self, *arguments, **options)
-
-    monkeypatch.setattr(Predictor, "write", slow_write)
-    monkeypatch.setattr(Predictor, "segment_study", waiting_segment_study)
-    outcomes = list(predict(Predictor(engine), sources, tmp_path / "out"))
-    assert met == [True] * 4
-    assert [outcome.source for outcome in outcomes] == sources
-    assert {outcome.status for outcome in outcomes} == {"done"}
-    assert not list((tmp_path / "out").glob(".partial-*"))
-
-
-def test_no_study_overwrites_another_s_mask(engine: Path, study: str, tmp_path: Path) -> None:
-    first = study.split(",")[0]
-    (tmp_path / "other").mkdir()
-    second = shutil.copyfile(study.split(",")[1], tmp_path / "other" / Path(first).name)
-    out = tmp_path / "out"
-    outcomes = list(predict(Predictor(engine), [first, str(second)], out, labels="all", replicate=True))
-    assert [outcome.status for outcome in outcomes] == ["done", "refused"]
-    assert first in outcomes[1].reason
-    (alone,) = predict(Predictor(engine), [first], tmp_path / "alone", labels="all", replicate=True)
-    written, expected = ((folder / alone.files[0]).read_bytes() for folder in (out, tmp_path / "alone"))
-    assert written == expected
-    (refused,) = predict(Predictor(engine), [str(second)], tmp_path / "other", labels="all", replicate=True)
-    assert "is the input's own folder" in refused.reason
-    assert not list(out.glob(".partial*"))
-
-
-def test_parts_share_the_studies_and_an_interrupted_run_goes_on(engine: Path, study: str, tmp_path: Path) -> None:
-    out, sources = tmp_path / "out", []
-    for name in "abc":
-        shutil.copyfile(study.split(",")[0], tmp_path / f"{name}.nii.gz")
-        sources.append(str(tmp_path / f"{name}.nii.gz"))
-    for part in (Part(0, 2), Part(1, 2)):
-        list(predict(Predictor(engine), sources, out, part=part, labels="all", replicate=True))
-    masks = sorted(file.name for file in out.glob("*.nii.gz"))
-    assert masks == ["a_mask.nii.gz", "b_mask.nii.gz", "c_mask.nii.gz"]
-    (out / "c_mask.nii.gz").unlink()
-    kept = (out / "a_mask.nii.gz").stat().st_mtime_ns
-    outcomes = list(predict(Predictor(engine), sources, out, part=Part(0, 2), go_on=True, labels="all", replicate=True))
-    assert [outcome.status for outcome in outcomes] == ["done", "done"]
-    assert (out / "a_mask.nii.gz").stat().st_mtime_ns == kept
-    assert (out / "c_mask.nii.gz").exists()
-    assert verify_audit(out / "audit.jsonl").entries == 4
-    with pytest.raises(ConfigError, match="part: expected a number from 0 to 1, got 2"):
-        Part(2, 2)
+# Commands, and what they need
 
 
 def test_commands(engine: Path, run: Run, study: str, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def sized(impl: str, *sizes: int) -> tuple[int, ...]:
     """Numbers of rows for a backend: an interpreter takes milliseconds a tile, and a few tiles show what many do."""
-    return tuple(min(size, 100) for size in sizes) if impl == "triton" else sizes
+    return tuple(min(size, 70) for size in sizes) if impl == "triton" else sizes
 
 
 def relative(found: Tensor, exact: Tensor) -> float:
