@@ -293,3 +293,35 @@ def test_help_loads_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+_STOPPED = """
+import sys, time
+from cldf_fast import cli
+from cldf_fast.files import new_folder
+
+def slow():
+    with new_folder(sys.argv[1]) as folder:
+        print(folder.name, flush=True)
+        time.sleep(60)
+
+cli.app = slow
+cli.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there terminating a process leaves it no time")
+def test_a_command_that_is_terminated_leaves_nothing_half_written(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _STOPPED, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert (tmp_path / process.stdout.readline().strip()).is_dir()
+        process.terminate()
+        assert process.wait(60) == 143
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["5", "5,1", "1,1", "nan,1", "0,inf"])
+def test_a_range_is_checked(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"--window: expected .*LOW,HIGH.*, got '{text}'"):
+        parse_range("--window", text)

@@ -574,6 +574,9 @@ def test_the_command_takes_no_option_that_its_format_has_no_use_for(
     result = runner.invoke(app, ["export", str(engine), "--out", str(tmp_path / "e"), "--timing-cache", "times"])
     assert isinstance(result.exception, ConfigError)
     assert str(result.exception).startswith("timing_cache: only builds of tensorrt measure times")
+    result = runner.invoke(app, ["export", str(engine), "--out", str(tmp_path / "e"), "--backend", "tensorrt"])
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception).startswith("--backend: of a server's graphs (--format triton-server)")
 
 
 def test_commands(engine: Path, tmp_path: Path) -> None:
