@@ -349,7 +349,8 @@ def test_evidence(
     benchmark: Any, timed: Callable[[int], Any], memory: Callable[[], None], rival: str, problem: Problem
 ) -> None:
     whole = problem["part"] == "whole"
-    check(rival, problem, timed(7 if whole else 30))
+    # What takes a millisecond is soon over: a neighbour on the machine would spoil a row of a few calls.
+    check(rival, problem, timed(7 if whole else 300))
     if whole and rival == OURS:
         epilogue = seconds(case(OURS, **problem | {"part": "epilogue"}))
         benchmark.extra_info["epilogue_share"] = round(epilogue / benchmark.stats.stats.median, 5)
