@@ -181,21 +181,27 @@ class OutputFolder:
     def take(self, study: str, files: Sequence[Path]) -> list[Path]:
         """Move a study's files here, in place of all that it had; their new paths. Raises as `check` does."""
         self.check(study, [file.name for file in files])
-        moved: list[Path] = []
-        for file in files:
-            place = self.path / file.name
-            if self._known and file.name not in self._owners:
-                _move_to_new(file, place, study)
-            else:
-                os.replace(file, place)
-            moved.append(place)
-            self._owners[place.name] = study
+        moved = [self.path / file.name for file in files]
+        new = [place.name not in self._owners for place in moved]
+        try:
+            for index, (file, place) in enumerate(zip(files, moved, strict=True)):
+                if new[index] and self._known:
+                    _move_to_new(file, place)
+                else:
+                    os.replace(file, place)
+                self._owners[place.name] = study
+        except DataError:
+            for place, is_new in zip(moved[:index], new, strict=False):
+                if is_new:
+                    place.unlink()
+                    del self._owners[place.name]
+            raise
         for name in set(self.names_of(study)) - {place.name for place in moved}:
             (self.path / name).unlink()  # such as probabilities of another run
         return moved
 
 
-def _move_to_new(file: Path, place: Path, study: str) -> None:
+def _move_to_new(file: Path, place: Path) -> None:
     """Move a file where none is, although other processes write to the folder too."""
     try:
         os.link(file, place)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from cldf_fast import __version__
-from cldf_fast.cases import OutputFolder, check_apart, parse_labels
+from cldf_fast.cases import OutputFolder, check_apart, input_paths, parse_labels
 from cldf_fast.data.intensity import checked_window
 from cldf_fast.data.stacks import Stack
 from cldf_fast.deploy.audit import AuditLog, pseudonym, pseudonym_key
@@ -53,8 +54,9 @@ class Outcome:
     refused, and code: of that (see `errors.REFUSALS`). warnings: "code" (see `errors.WARNINGS`) and "reason" of what is
     doubtful about a study that is done. files: of the study in the folder; where it is refused, an earlier run's. ood:
     how unlike the training images it is, as `deploy.ood.Judgement.to_json` gives it, or "not available" where the
-    directory has no such score; None where the study was refused before that. request: what was asked for: the engine
-    directory, its precision and all options. left_out: an earlier run had done it; not in the summary.
+    directory has no such score; None where the study was refused before that. request: what was asked for: absolute
+    paths, the engine directory, its precision and all options. left_out: an earlier run had done it; not in the
+    summary.
     """
 
     source: str
@@ -125,9 +127,9 @@ def predict(
     ledger = _Ledger(predictor, out, part, request, go_on=go_on)
 
     def read(source: str) -> _Found:
-        if source in ledger.done:
-            return ledger.done[source]
         try:
+            if done := ledger.done(source):
+                return done
             return predictor.read(source, replicate=replicate)
         except CLDFError as error:
             return error
@@ -181,12 +183,20 @@ class _Ledger:
         # In the folder's other summaries too: of other parts, and of runs that were shared otherwise.
         recorded = {path: _recorded(path, out) for path in sorted({*out.glob("summary*.json"), self.summary})}
         everything = [each for records in recorded.values() for each in records]
-        asked = [each for each in everything if each.status == "done" and each.request == request]
-        self.done = {each.source: replace(each, left_out=True) for each in asked} if go_on else {}
+        self.earlier = {_key(each.request): each for each in everything if each.status == "done"} if go_on else {}
         everything.sort(key=lambda each: each.status == "done")  # whose files are surely its own
-        self.masks = OutputFolder(out, {name: each.source for each in everything for name in each.files})
-        self.records = {each.source: each for each in recorded[self.summary]}
+        self.masks = OutputFolder(out, {name: _study(each.request) for each in everything for name in each.files})
+        self.records = {_study(each.request): each for each in recorded[self.summary]}
         self._write_summary()
+
+    def requested(self, source: str) -> dict[str, Any]:
+        """What is asked for: this study, in this way."""
+        return {"paths": [os.path.abspath(path) for path in input_paths(source)], **self.request}
+
+    def done(self, source: str) -> Outcome | None:
+        """What an earlier run made of the study, if it was to be the same."""
+        found = self.earlier.get(_key(self.requested(source)))
+        return None if found is None else replace(found, source=source, left_out=True)
 
     def enter(self, source: str, found: _Found, started: float) -> Outcome:
         """Write a study's files, or why there are none; only then does the summary list it as done."""
@@ -195,7 +205,7 @@ class _Ledger:
         return outcome
 
     def _record(self, outcome: Outcome) -> None:
-        self.records[outcome.source] = outcome
+        self.records[_study(outcome.request)] = outcome
         self._write_summary()
 
     def _write_summary(self) -> None:
@@ -207,7 +217,8 @@ class _Ledger:
         atomic_write_text(self.summary, json.dumps(content, indent=2) + "\n")
 
     def _new(self, source: str, found: _Found, started: float) -> Outcome:
-        outcome = Outcome(source, "refused", request=self.request)
+        request = self.requested(source)
+        study, outcome = _study(request), Outcome(source, "refused", request=request)
         entry: dict[str, Any] = {"source": pseudonym(source, self.key)}
         if isinstance(found, SegmentedStudy | _Refused):
             entry["pixels_sha256"] = hashlib.sha256(found.stack.image.tobytes()).hexdigest()
@@ -221,17 +232,17 @@ class _Ledger:
                 case = self.predictor.write(found, beside, probability=self.request["probability"])
                 hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in case.files]
                 names = [file.name for file in case.files]
-                self.masks.check(source, names)
+                self.masks.check(study, names)
                 # A process that is stopped between here and the end leaves word of whose the files are.
-                self._record(Outcome(source, "writing", files=names, request=self.request))
-                self.masks.take(source, case.files)
-                outcome, entry["outputs_sha256"] = _outcome(source, case, names, self.request), hashes
+                self._record(Outcome(source, "writing", files=names, request=request))
+                self.masks.take(study, case.files)
+                outcome, entry["outputs_sha256"] = _outcome(source, case, names, request), hashes
         except CLDFError as error:
             # The sentence names files, and so perhaps the patient: it stays out of the log.
             outcome.reason, entry["reason"] = str(error), type(error).__name__
             outcome.code = entry["code"] = error.code
             outcome.ood = error.scores if isinstance(error, UnlikeTrainingError) else None
-            outcome.files = self.masks.names_of(source)
+            outcome.files = self.masks.names_of(study)
         outcome.seconds = round(time.perf_counter() - started, 3)
         self.audit.append(**entry, **_provenance(self.predictor, outcome))
         return outcome
@@ -269,13 +280,22 @@ def _provenance(predictor: Predictor, outcome: Outcome) -> dict[str, Any]:
     }
 
 
+def _study(request: dict[str, Any]) -> str:
+    """Which study a request is of."""
+    return ",".join(request["paths"])
+
+
+def _key(request: dict[str, Any]) -> str:
+    return json.dumps(request, sort_keys=True)
+
+
 def _recorded(summary: Path, out: Path) -> list[Outcome]:
     """What a summary lists and, where it lists files, is still there. One that can't be read lists nothing."""
     known = {each.name for each in fields(Outcome)}
     try:
         cases = json.loads(summary.read_text(encoding="utf-8"))["cases"]
         recorded = [Outcome(**{name: value for name, value in case.items() if name in known}) for case in cases]
-        return [each for each in recorded if each.status != "done" or _has_all(each, out)]
+        return [each for each in recorded if _study(each.request) and (each.status != "done" or _has_all(each, out))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
 

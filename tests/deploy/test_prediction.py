@@ -109,7 +109,9 @@ def recorded(summary: Path) -> dict[str, str]:
     return {each["source"]: each["status"] for each in json.loads(summary.read_text(encoding="utf-8"))["cases"]}
 
 
-def test_no_study_of_another_call_or_part_is_overwritten(engine: Path, study: str, tmp_path: Path) -> None:
+def test_no_study_of_another_call_or_part_is_overwritten(
+    engine: Path, study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second, third = namesakes(study, tmp_path)
     out, options = tmp_path / "out", {"labels": "all", "replicate": True}
     for part in (Part(0, 2), Part(1, 2)):
@@ -125,7 +127,13 @@ def test_no_study_of_another_call_or_part_is_overwritten(engine: Path, study: st
     assert recorded(out / "summary.json") == {second: "refused", third: "done", first: "done"}
     assert recorded(out / "summary-1.json") == {second: "refused"}
     assert masks(out)["scan_mask.nii.gz"] != kept["scan_mask.nii.gz"]
-    # So does none that nobody recorded.
+    # The same words in another place are another study.
+    for place, code in (("a", ""), ("b", "output_name_taken")):
+        with monkeypatch.context() as patched:
+            patched.chdir(tmp_path / place)
+            (outcome,) = predict(Predictor(engine), ["scan.nii.gz"], out, go_on=True, **options)
+        assert outcome.code == code
+    # Nor is a file overwritten that nobody recorded.
     strange = tmp_path / "strange"
     strange.mkdir()
     (strange / "other_mask.nii.gz").write_bytes(b"by hand")
