@@ -74,7 +74,8 @@ class Setting:
         self.x = (torch.rand(batch, 1, size, size) * 2 - 1).to(device)
         self.labels = torch.arange(batch, device=device) % 3
         self.size = (size, size)
-        self.noised = noised_batch(self.x, self.features.alpha_bar, pixel_seed(self.x)).unflatten(
+        self.times = self.features.times.to(device)
+        self.noised = noised_batch(self.x, self.features.alpha_bar.to(device), pixel_seed(self.x)).unflatten(
             0, (len(NOISE_LEVELS), batch)
         )
         self.blocks = [i for i, factor in enumerate(self.unet.output_downsample) if factor in DOWNSAMPLE]
@@ -141,7 +142,7 @@ def concatenated(by_level: list[list[Tensor]], size: tuple[int, int]) -> Tensor:
 
 def level_after_level(setting: Setting, blocks_of: Callable[[Setting, Tensor, Tensor], list[Tensor]]) -> Tensor:
     """Full-size features [B, C, H, W] of all noise levels."""
-    by_level = [blocks_of(setting, x_t, time) for x_t, time in zip(setting.noised, setting.features.times, strict=True)]
+    by_level = [blocks_of(setting, x_t, time) for x_t, time in zip(setting.noised, setting.times, strict=True)]
     return concatenated(by_level, setting.size)
 
 

@@ -224,11 +224,11 @@ def captum(classifier: NoiseAwareClassifier) -> tuple[Attribute, Attribute]:
 
     def gradient_of(x_t: Tensor, times: Tensor, target: int) -> NDArray[np.float32]:
         x_t = x_t.detach().requires_grad_()
-        return saliency.attribute(x_t, target=target, additional_forward_args=(times,)).detach().numpy()
+        return saliency.attribute(x_t, target=target, additional_forward_args=(times,)).numpy(force=True)
 
     def cam_of(x_t: Tensor, times: Tensor, target: int) -> NDArray[np.float32]:
         heat = cam.attribute(x_t, target=target, additional_forward_args=(times,), relu_attributions=True)
-        return heat.detach().squeeze(1).numpy()
+        return heat.squeeze(1).numpy(force=True)
 
     return gradient_of, cam_of
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 _DECODER = ("decoder.safetensors", "prototypes.safetensors")
@@ -23,7 +24,8 @@ def bundle(run: Path, destination: Path) -> None:
         shutil.copyfile(run / name, destination / name)
     for name in ("cdm.safetensors", "classifier.safetensors"):
         weights = {key: value.to(torch.float16) for key, value in load_file(run / name).items()}
-        save_file(weights, destination / name)
+        with safe_open(run / name, "pt") as file:  # the settings that they are bound to
+            save_file(weights, destination / name, file.metadata())
     for folder in (run, *sorted(run.glob("decoder-seed-*"))):
         if all((folder / name).exists() for name in _DECODER):
             (destination / folder.relative_to(run)).mkdir(exist_ok=True)

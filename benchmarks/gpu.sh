@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: builds the extension for it, runs the GPU tests, the small ones under
-# compute-sanitizer too, measures, tunes the tiles of the Triton kernels and measures with the tuned ones. Needs torch
-# with CUDA, Triton, pytest, ninja, nvcc and a C++ compiler, and no network; wheels of what else the benchmarks import
-# (pydantic, scipy, captum) may lie in a folder wheels/. One step that fails does not stop the others: logs and JSON are
-# in the folder.
+# Everything that needs a GPU: builds the extension for it, runs the GPU tests, measures, runs the small tests under
+# compute-sanitizer, tunes the tiles of the Triton kernels and measures with the tuned ones. Needs torch with CUDA,
+# Triton, pytest, hypothesis, scipy, setuptools, ninja, pybind11, nvcc and a C++ compiler, and no network. Wheels of what
+# else the benchmarks import may lie in a folder wheels/: pydantic, pydantic_core, annotated_types, typing_inspection,
+# captum. One step that fails does not stop the others: logs and JSON are in the folder.
 #
-#     benchmarks/gpu.sh FOLDER
+#     benchmarks/gpu.sh FOLDER [STEP ...]    # build tests doctor measure (9 minutes at most), sanitize tune (8); or all
 #     REHEARSE=1 benchmarks/gpu.sh FOLDER    # without a GPU: the same steps, small, with kernels interpreted
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out=${1:?usage: benchmarks/gpu.sh FOLDER}
+out=${1:?usage: benchmarks/gpu.sh FOLDER [STEP ...]}
+shift
+steps=" ${*:-build tests doctor measure sanitize tune} "
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 python=${PYTHON:-python3}
@@ -23,8 +25,10 @@ step() {
   echo "   exit $?, $(tail -n 1 "$out/$name.log" | cut -c 1-200)"
 }
 
+wanted() { [[ $steps == *" $1 "* ]]; }
+
 export PYTHONPATH=$PWD
-CLDF_FAST_COMMIT=$(git rev-parse HEAD 2>/dev/null || echo unversioned)
+CLDF_FAST_COMMIT=${CLDF_FAST_COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unversioned)}
 export CLDF_FAST_COMMIT
 {
   nvidia-smi --query-gpu=name,driver_version,clocks.sm,power.limit --format=csv
@@ -32,29 +36,41 @@ export CLDF_FAST_COMMIT
   echo "$CLDF_FAST_COMMIT"
 } >"$out/machine.txt" 2>&1
 
-if [ -z "$rehearse" ]; then
-  CLDF_FAST_CUDA_ARCHITECTURES=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
-else
-  CLDF_FAST_CUDA_ARCHITECTURES=90
+[ -d wheels ] && step wheels 60 "$python" -m pip install --quiet --no-deps --no-index wheels/*.whl
+# What an install maps: the kernels lie beside the package.
+if ! "$python" -c 'import cldf_fast.kernels' 2>/dev/null; then
+  ln -s ../kernels cldf_fast/kernels
+  trap 'rm -f cldf_fast/kernels' EXIT
 fi
-export CLDF_FAST_CUDA_ARCHITECTURES
-[ -d wheels ] && step wheels 120 "$python" -m pip install --quiet --no-deps --no-index wheels/*.whl
-step build 300 "$python" setup.py -q build_ext --inplace
-step tests 300 "$python" -m pytest -q -p no:cacheprovider -m gpu tests ${rehearse:+--collect-only}
-step doctor 60 "$python" -m cldf_fast.doctor
-if command -v compute-sanitizer >/dev/null && [ -z "$rehearse" ]; then
+
+if wanted build; then
+  if [ -z "$rehearse" ]; then
+    CLDF_FAST_CUDA_ARCHITECTURES=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
+  else
+    CLDF_FAST_CUDA_ARCHITECTURES=90
+  fi
+  export CLDF_FAST_CUDA_ARCHITECTURES
+  step build 150 "$python" setup.py -q build_ext --inplace
+fi
+if wanted tests; then
+  # By file: others import what a machine with a GPU need not have.
+  mapfile -t files < <(grep -rl 'mark.gpu' tests --include='test_*.py')
+  step tests 150 "$python" -m pytest -q -p no:cacheprovider -m gpu "${files[@]}" ${rehearse:+--collect-only}
+fi
+wanted doctor && step doctor 30 "$python" -m cldf_fast.doctor
+wanted measure && step measure 240 "$python" -m benchmarks gpu --out "$out/shipped" $rehearse
+[ -n "$rehearse" ] && exit # how tiles are tuned is rehearsed by tests/test_tuning.py
+if wanted sanitize && command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     # Torch's cache of memory would hide accesses beyond the end of a tensor.
-    step "$tool" 120 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+    step "$tool" 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
       "$python" -m pytest -q -p no:cacheprovider tests/ops/test_cuda.py \
       -k "kernels_do_not_synchronise or broken_image or (agrees and anchors)"
   done
 fi
-step measure 240 "$python" -m benchmarks gpu --out "$out/shipped" $rehearse
-[ -n "$rehearse" ] && exit  # how tiles are tuned is rehearsed by tests/test_tuning.py
-step tune 240 "$python" -m cldf_fast.kernels.tuning "$out/tuned.json"
-if [ -s "$out/tuned.json" ]; then
+if wanted tune; then
   name=$("$python" -c 'import torch; from cldf_fast.kernels import tuning; print(tuning.architecture(torch.device("cuda", 0)))')
-  cp "$out/tuned.json" "kernels/tuned/$name.json"
-  step tuned 120 "$python" -m benchmarks gpu infonce --out "$out/tuned"
+  step tune 240 "$python" -m cldf_fast.kernels.tuning "kernels/tuned/$name.json" 128
+  cp "kernels/tuned/$name.json" "$out/tuned.json"
+  step tuned 90 "$python" -m benchmarks gpu infonce --out "$out/tuned"
 fi

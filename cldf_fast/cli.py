@@ -129,7 +129,9 @@ def train(
 
     overrides = parse_overrides(set_ or [])
     if dataset is not None:
-        overrides.setdefault("data", {})["dataset"] = dataset
+        if not isinstance(overrides.setdefault("data", {}), dict):
+            raise ConfigError(f"--set: expected data to be a section, got {overrides['data']!r}")
+        overrides["data"]["dataset"] = dataset
     converted = {}
     for name, path, kind in (("cdm", cdm, "unet"), ("classifier", classifier, "classifier")):
         if path is None:
@@ -158,7 +160,9 @@ def segment(
     labels: Annotated[
         str | None, typer.Option(help="Image-level labels, if known: class names separated by commas, all or none.")
     ] = None,
-    window: Annotated[str | None, typer.Option(help="LOW,HIGH in stored units (CT: Hounsfield).")] = None,
+    window: Annotated[
+        str | None, typer.Option(help="LOW,HIGH in stored units (CT: Hounsfield); default: as in training.")
+    ] = None,
     probability: Annotated[bool, typer.Option(help="Also write class probabilities.")] = False,
     replicate: Annotated[bool, typer.Option(help="Use a single channel for all channels of the network.")] = False,
 ) -> None:
@@ -265,7 +269,7 @@ def export(
     ] = None,
     data: DataFolder = None,
     window: Annotated[
-        str | None, typer.Option(help="LOW,HIGH in stored units that the run was trained on (CT).")
+        str | None, typer.Option(help="LOW,HIGH in stored units (CT: Hounsfield); default: as in training.")
     ] = None,
     evidence: Annotated[
         bool, typer.Option("--evidence/--without-evidence", help="Refuse, or leave out, what gradients decide.")
@@ -602,7 +606,12 @@ def parse_overrides(texts: list[str]) -> dict[str, Any]:
         section = nested
         for parent in parents:
             section = section.setdefault(parent, {})
-        section[last] = yaml.safe_load(value)
+            if not isinstance(section, dict):
+                raise ConfigError(f"--set: expected {key} or {parent} as a whole, got both")
+        try:
+            section[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set: expected {key}= and a value in YAML, got {value!r}") from error
     return nested
 
 
@@ -665,9 +674,10 @@ def main() -> None:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
     except OSError as error:  # a folder that can't be made, a full disk, a file that may not be read
-        if error.filename is None or error.strerror is None:
+        if error.strerror is None:
             raise
-        typer.echo(f"error: {error.filename}: {error.strerror}", err=True)
+        place = "" if error.filename is None else f"{error.filename}: "
+        typer.echo(f"error: {place}{error.strerror}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)

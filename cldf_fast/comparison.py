@@ -129,7 +129,7 @@ def compare(
         labels.numpy(),
         threshold=cldf.label_threshold.tolist(),
         class_names=data.class_names,
-        patients=data.subjects,
+        studies=data.studies,
         indices=np.asarray(data.indices),
     )
     if not all(geometry.physical for geometry in data.geometries):

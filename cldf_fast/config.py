@@ -19,6 +19,7 @@ from cldf_fast.files import atomic_write_text
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
+Factor = Annotated[float, Field(gt=0.0)]
 
 
 class Section(BaseModel):
@@ -31,7 +32,7 @@ class NetworkConfig(Section):
     """Width and depth of a UNet or of a classifier (see `models.unet.UNet`)."""
 
     model_channels: Positive = 32
-    channel_mult: tuple[float, ...] = Field(default=(1, 2, 3, 4), min_length=1)
+    channel_mult: tuple[Factor, ...] = Field(default=(1, 2, 3, 4), min_length=1)
     num_res_blocks: Positive = 1
     attention_downsample: tuple[int, ...] = (8,)
     dropout: Fraction = 0.0
@@ -42,7 +43,7 @@ class ClassifierNetworkConfig(NetworkConfig):
     average over the image, and average pooling between the levels keeps gradient maps free of the checkerboards of
     strided convolutions."""
 
-    channel_mult: tuple[float, ...] = Field(default=(0.5, 1, 2, 4), min_length=1)
+    channel_mult: tuple[Factor, ...] = Field(default=(0.5, 1, 2, 4), min_length=1)
     resblock_updown: bool = True
     pool: Literal["attention", "adaptive", "spatial", "spatial_v2", "mean"] = "attention"
 
@@ -117,7 +118,7 @@ class EvidenceConfig(Section):
     target: Literal["log_probability", "logit"] = "log_probability"
     reduce: Literal["max_abs", "sum_abs", "l2"] = "sum_abs"
     sigma: float = Field(default=1.5, ge=0, description="Gaussian smoothing of the gradient map, working pixels")
-    percentile: Fraction = 0.99
+    percentile: float = Field(default=0.99, gt=0.0, le=1.0)
     cam: Literal["layercam", "gradcam"] = "layercam"
     cam_downsample: Positive = Field(default=4, description="downsampling factor of the activations that the CAM reads")
     foreground_gradient: Fraction = 0.35
@@ -241,6 +242,17 @@ class Config(Section):
                 raise ValueError(f"{key}: expected factors among {there}, which the network has, got {missing[0]}")
         return self
 
+    @model_validator(mode="after")
+    def _levels_are_in_their_unit(self) -> Config:
+        if self.diffusion.level_unit == "alpha_bar":
+            for key, section in (("evidence", self.evidence), ("features", self.features)):
+                if "noise_levels" not in section.model_fields_set or min(section.noise_levels) <= 0:
+                    raise ValueError(
+                        f"{key}.noise_levels: expected alpha-bars above 0 with diffusion.level_unit alpha_bar (the "
+                        f"defaults are fractions), got {section.noise_levels}"
+                    )
+        return self
+
 
 def load_config(path: Path, overrides: dict[str, Any] | None = None) -> Config:
     """Read a YAML configuration; values of `overrides` (a nested mapping) win. Raises ConfigError, naming the key."""
@@ -279,6 +291,21 @@ def _meant(place: Sequence[int | str]) -> str:
     known = list(section.model_fields)
     close = get_close_matches(str(place[-1]), known, n=1)
     return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
+
+
+def flat(section: Section) -> dict[str, Any]:
+    """Every value by its dotted key, such as "cdm.network.model_channels", as YAML would hold it."""
+    found: dict[str, Any] = {}
+
+    def collect(values: dict[str, Any], above: str) -> None:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                collect(value, f"{above}{key}.")
+            else:
+                found[above + key] = value
+
+    collect(section.model_dump(mode="json"), "")
+    return found
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -57,6 +57,7 @@ class Diffusion:
         signal = input_scale**2 * share
         self.alpha_bar = (signal / (signal + 1 - share)).float()
         self.rescale_timesteps = rescale_timesteps
+        self._alpha_bar_on = {self.alpha_bar.device: self.alpha_bar}  # copies: to make one synchronises with the host
 
     def step_of_fraction(self, fraction: float) -> int:
         """The step t nearest to a noise level given as a fraction of T, in [0, 1]; 1 is the last step."""
@@ -80,7 +81,9 @@ class Diffusion:
         return steps.float() * (1000.0 / self.timesteps) if self.rescale_timesteps else steps.float()
 
     def _level(self, steps: Tensor) -> Tensor:
-        return self.alpha_bar.to(steps.device)[steps].view(-1, 1, 1, 1)
+        if steps.device not in self._alpha_bar_on:
+            self._alpha_bar_on[steps.device] = self.alpha_bar.to(steps.device)
+        return self._alpha_bar_on[steps.device][steps].view(-1, 1, 1, 1)
 
     def q_sample(self, x: Tensor, steps: Tensor, noise: Tensor) -> Tensor:
         """x_t = sqrt(ab_t) x + sqrt(1 - ab_t) noise. x, noise: [B, C, H, W]; steps: int64 [B]."""

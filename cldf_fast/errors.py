@@ -20,6 +20,7 @@ REFUSALS = {
     "localiser": "A DICOM localiser (scout) among the slices.",
     "colour": "Colour, transparency, a palette or complex numbers where one number a pixel is expected.",
     "bit_depth": "PNG or TIFF samples of a depth that would be rescaled on reading.",
+    "white_is_zero": "A TIFF of more than 8 bits in which zero is white.",
     "exif_rotation": "A rotation in the metadata that viewers apply differently.",
     "lossy_mask": "A mask that went through lossy compression.",
     "several_volumes": "Time points, frames, pages or several NIfTI files where one volume is expected.",
@@ -107,6 +108,12 @@ class CheckpointError(CLDFError, RuntimeError):
     """A weights file or run directory is missing, incomplete, or does not fit the network it is loaded into."""
 
     code = "checkpoint"
+
+
+class TrainingError(CLDFError, RuntimeError):
+    """A training went wrong: its weights are not finite any more."""
+
+    code = "training"
 
 
 class BackendError(CLDFError, RuntimeError):

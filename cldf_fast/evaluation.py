@@ -608,18 +608,18 @@ def auc(score: npt.ArrayLike, truth: npt.ArrayLike) -> float | None:
 
 
 def auc_within(
-    score: npt.ArrayLike, truth: npt.ArrayLike, patients: Sequence[str], indices: npt.ArrayLike
+    score: npt.ArrayLike, truth: npt.ArrayLike, studies: Sequence[str], indices: npt.ArrayLike
 ) -> tuple[float | None, int, int]:
-    """AUC among the slices between the first and the last positive one of each patient, pooled over patients.
+    """AUC among the slices between the first and the last positive one of each study, pooled over studies.
 
     Where the position of a slice predicts its label, a classifier may have learnt the position; here it can't help.
-    score [N], truth bool [N], patients [N] names, indices [N] places in the patient's stack.
+    score [N], truth bool [N], studies [N] names, indices [N] places in the study's stack.
     Returns (AUC, positive slices, negative slices). Structures without gaps leave no negatives, and so None (all of
     the LGG patients): `auc_position_matched` answers the question there.
     """
     positive, place = np.asarray(truth, bool), np.asarray(indices)
     inside = np.zeros(positive.size, bool)
-    for members in _groups(patients):
+    for members in _groups(studies):
         places = place[members][positive[members]]
         if places.size:
             inside[members] = (place[members] >= places.min()) & (place[members] <= places.max())
@@ -628,9 +628,9 @@ def auc_within(
 
 
 def auc_position_matched(
-    score: npt.ArrayLike, truth: npt.ArrayLike, patients: Sequence[str], indices: npt.ArrayLike, bins: int = 20
+    score: npt.ArrayLike, truth: npt.ArrayLike, studies: Sequence[str], indices: npt.ArrayLike, bins: int = 20
 ) -> float | None:
-    """AUC over pairs of slices at the same relative height (one of `bins` equal parts of each patient's stack).
+    """AUC over pairs of slices at the same relative height (one of `bins` equal parts of each study's stack).
 
     A score that knows the position alone stays near 0.5 here, whatever its plain AUC (a location prior on the LGG test
     set: 0.80 plain, 0.59 here; finer bins go on towards 0.5 and have fewer pairs). Arguments as in `auc_within`.
@@ -638,7 +638,7 @@ def auc_position_matched(
     """
     scores, positive, place = np.asarray(score), np.asarray(truth, bool), np.asarray(indices)
     height = np.zeros(positive.size, np.intp)
-    for members in _groups(patients):
+    for members in _groups(studies):
         places = place[members]
         share = (places - places.min()) / max(int(places.max() - places.min()), 1)
         height[members] = np.minimum((share * bins).astype(np.intp), bins - 1)
@@ -658,18 +658,18 @@ def image_label_scores(
     *,
     threshold: float | Sequence[float] = 0.5,
     class_names: Sequence[str] | None = None,
-    patients: Sequence[str] | None = None,
+    studies: Sequence[str] | None = None,
     indices: npt.ArrayLike | None = None,
 ) -> dict[str, Any]:
     """How well image-level labels are predicted.
 
     probability: [N, K] in [0, 1], finite. truth: bool [N, K]. threshold: a label is given from this probability on,
-    one for all classes or one each. class_names: K names, by default "1".."K". patients [N] and indices [N] (places in
-    the patient's stack), both or neither, add the figures that slice position can't explain.
+    one for all classes or one each. class_names: K names, by default "1".."K". studies [N] and indices [N] (places in
+    the study's stack), both or neither, add the figures that slice position can't explain.
 
     Returns {"auc", "accuracy", "sensitivity", "specificity"} in [0, 1], means over the classes that have the figure
     (None where none has), "n", and "per_class" with the same, "threshold", "positive" and "negative" counts. With
-    patients and indices also "auc_within" and "auc_position_matched" (see the functions), and per class
+    studies and indices also "auc_within" and "auc_position_matched" (see the functions), and per class
     "positive_within" and "negative_within", the slices behind auc_within.
     """
     scores, labels = np.asarray(probability, np.float64), np.asarray(truth)
@@ -679,8 +679,8 @@ def image_label_scores(
         )
     if not ((scores >= 0) & (scores <= 1)).all():
         raise DataError("probability: expected finite values in [0, 1], got others; pass sigmoid outputs, not logits")
-    if (patients is None) != (indices is None):
-        raise DataError("patients, indices: expected both or neither, got one; position control needs the two")
+    if (studies is None) != (indices is None):
+        raise DataError("studies, indices: expected both or neither, got one; position control needs the two")
     n, num_classes = scores.shape
     names = _class_names(class_names, num_classes)
     thresholds = np.broadcast_to(np.asarray(threshold, np.float64), (num_classes,))
@@ -698,17 +698,17 @@ def image_label_scores(
             "positive": count,
             "negative": n - count,
         }
-        if patients is not None and indices is not None:
-            for argument, length in (("patients", len(patients)), ("indices", np.asarray(indices).size)):
+        if studies is not None and indices is not None:
+            for argument, length in (("studies", len(studies)), ("indices", np.asarray(indices).size)):
                 if length != n:
                     raise DataError(f"{argument}: expected one for each of the {n} slices, got {length}")
             row["auc_within"], row["positive_within"], row["negative_within"] = auc_within(
-                scores[:, k], true, patients, indices
+                scores[:, k], true, studies, indices
             )
-            row["auc_position_matched"] = auc_position_matched(scores[:, k], true, patients, indices)
+            row["auc_position_matched"] = auc_position_matched(scores[:, k], true, studies, indices)
         per_class[name] = row
     figures = ["auc", "accuracy", "sensitivity", "specificity"]
-    if patients is not None:
+    if studies is not None:
         figures += ["auc_within", "auc_position_matched"]
     means = {figure: _mean([row[figure] for row in per_class.values()]) for figure in figures}
     return {**means, "n": n, "per_class": per_class}

@@ -98,6 +98,8 @@ class DiffusionFeatures:
             )
         self.alpha_bar = diffusion.alpha_bar[self.steps]
         self.times = diffusion.network_time(self.steps)
+        # One copy a device: making it synchronises with the host.
+        self._levels = {self.steps.device: (self.alpha_bar, self.steps, self.times)}
         self.diffusion = diffusion
         self.max_batch = check_max_batch(max_batch)
         self.dtype = dtype
@@ -159,12 +161,16 @@ class DiffusionFeatures:
         levels, batch = len(self.steps), len(x)
         if condition is not None and condition.shape[:1] != (batch,):
             raise DataError(f"condition: expected a row for each of {batch} images, got {describe(condition)}")
-        rows = split_rows(noised_batch(x, self.alpha_bar.to(x), pixel_seed(x)), self.max_batch)
+        if x.device not in self._levels:
+            device = x.device
+            self._levels[device] = self.alpha_bar.to(device), self.steps.to(device), self.times.to(device)
+        alpha_bar, level_steps, level_times = self._levels[x.device]
+        rows = split_rows(noised_batch(x, alpha_bar.to(x.dtype), pixel_seed(x)), self.max_batch)
         sizes = [len(part) for part in rows]
         repeated = None if condition is None else condition.repeat(levels, *[1] * (condition.ndim - 1))
         conditions = [None] * len(rows) if repeated is None else repeated.split(sizes)
-        steps = self.steps.to(x.device).repeat_interleave(batch).split(sizes)
-        times = self.times.to(x.device).repeat_interleave(batch).split(sizes)
+        steps = level_steps.repeat_interleave(batch).split(sizes)
+        times = level_times.repeat_interleave(batch).split(sizes)
         start = 0
         for part in zip(rows, steps, times, conditions, strict=True):
             self._pass(visit, start, *part)

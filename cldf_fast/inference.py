@@ -53,9 +53,10 @@ def segment_case(
 ) -> SegmentedCase:
     """Segment one volume and write the mask (see `stacks.write_mask`) to the folder `out`, or into an `OutputFolder`.
 
-    labels: bool [K], given image-level labels for every slice; None: predicted slice by slice. window: as in training,
-    for modalities with an absolute unit. probability: also write the class probabilities.
+    labels: bool [K], given image-level labels for every slice; None: predicted slice by slice. window: for modalities
+    with an absolute unit; None: as in training. probability: also write the class probabilities.
     """
+    window = window or record.window
     stack, folder = volume.stack, out if isinstance(out, cases.OutputFolder) else cases.OutputFolder(out)
     folder.path.mkdir(parents=True, exist_ok=True)
     check_output_folder(stack.source, folder.path)

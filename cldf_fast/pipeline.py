@@ -213,18 +213,19 @@ class CLDF:
             torch.zeros(*shape, *images.shape[2:]), torch.zeros(*shape, *images.shape[2:]), torch.zeros(shape)
         )
         for batch in rows.split(_BATCH) if len(rows) else ():
-            part = self._evidence(images[batch].to(self.device))
+            part = self.averaged(self.saliency, images[batch].to(self.device))
             evidence.gradient_map[batch] = part.gradient_map.cpu()
             evidence.cam[batch] = part.cam.cpu()
             evidence.probability[batch] = part.probability.cpu()
         _check_finite("evidence", *vars(evidence).values())
         return evidence
 
-    def _evidence(self, x: Tensor) -> Evidence:
-        seen = self.saliency(x)
+    def averaged(self, saliency: ClassifierSaliency, x: Tensor) -> Evidence:
+        """Evidence for images [B, C, H, W] on the device, with evidence.average_views that of both views."""
+        seen = saliency(x)
         if not self.config.evidence.average_views:
             return seen
-        second = self.saliency(self._second_view(x))
+        second = saliency(self._second_view(x))
         return Evidence(
             (seen.gradient_map + self._second_view(second.gradient_map, back=True)) / 2,
             (seen.cam + self._second_view(second.cam, back=True)) / 2,
@@ -260,7 +261,8 @@ class CLDF:
         """Masks of images float32 [N, C, size, size] in [-1, 1].
 
         labels: bool [N, K], given image-level labels; None: the classifier's prediction is used. evidence: what
-        `evidence` gave for these images, so that it isn't computed again; read only with an evidence_weight.
+        `evidence` gave for these images, so that it isn't computed again; read only with an evidence_weight, and for
+        images that show a class: the others' probabilities are the decoder's alone.
         everywhere: False leaves images that show no class to be all background, which their masks are anyway.
         An image's mask depends neither on the batch nor on the order.
         Raises DataError, naming the first image, where pixels are not in [-1, 1] or results not finite.
@@ -288,14 +290,17 @@ class CLDF:
             found = self._averaged_probability(images[batch].to(self.device), present[batch].to(self.device))
             if weighs_evidence:
                 assert evidence is not None
-                found = self._with_evidence(found, evidence.gradient_map[batch].to(self.device))
+                weighed = self._with_evidence(found, evidence.gradient_map[batch].to(self.device))
+                shows = present[batch].any(dim=1).to(self.device)
+                found = torch.where(shows[:, None, None, None], weighed, found)
             probability[batch] = found.cpu()
             mask[batch] = masks_from_probability(probability[batch], present[batch])
         _check_finite("probabilities", probability)
         return Segmentation(mask, probability, predicted, present)
 
     def _check_images(self, images: Tensor) -> None:
-        check_tensor("images", images, "floating", ("N", self.unet.in_channels, "H", "W"))
+        size = self.config.data.size
+        check_tensor("images", images, torch.float32, ("N", self.unet.in_channels, size, size))
         # NaN reaches no threshold: the mask would be empty, as if the image had been found healthy.
         lowest, highest = images.flatten(1).aminmax(dim=1)
         check_pixels(lowest.float().cpu().numpy(), highest.float().cpu().numpy())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import math
+import re
 import shutil
 import sys
 import time
@@ -13,26 +14,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as distributed
 from lightning_fabric import Fabric
 from torch import Tensor
 
 from cldf_fast.comparison import Comparison, compare
 from cldf_fast.config import Config, save_config
-from cldf_fast.data import open_split
+from cldf_fast.data import open_dataset, open_split
 from cldf_fast.data.acquisition import Acquisition
 from cldf_fast.data.base import SliceDataset
 from cldf_fast.data.packing import PackedSlices, pack
-from cldf_fast.data.splits import write_split
-from cldf_fast.errors import ConfigError
+from cldf_fast.data.splits import Split, find_split, read_split, split_dataset, write_split
+from cldf_fast.errors import CheckpointError, ConfigError, DataError, SplitError
 from cldf_fast.evaluation import seeds_summary, write_metrics
 from cldf_fast.models.adopted import AdoptedUNet
 from cldf_fast.models.checkpoints import Loaded
 from cldf_fast.models.decoder import PixelDecoder
-from cldf_fast.pipeline import CLDF, adopt_classifier, adopt_unet
+from cldf_fast.pipeline import CLDF, adopt_classifier, adopt_unet, build_classifier, build_unet
 from cldf_fast.report import write_report
 from cldf_fast.run import DatasetRecord, Run
 from cldf_fast.segmentation import Prototypes
-from cldf_fast.training.fit import Trainer, fit_decoder
+from cldf_fast.training.engine import read_metrics
+from cldf_fast.training.fit import NETWORKS, Trainer, fit_decoder
 
 # Baselines that need one classifier pass or none: what the demo has time for.
 QUICK_BASELINES = ("gradcam", "layercam", "gradient", "location_prior", "intensity")
@@ -40,6 +43,9 @@ QUICK_BASELINES = ("gradcam", "layercam", "gradient", "location_prior", "intensi
 
 def make_fabric(config: Config, devices: str = "auto") -> Fabric:
     """One process on the best device there is, or the processes that torchrun started."""
+    # Left to itself on several GPUs, Fabric starts the command, or the user's own program, once for each of them.
+    if devices == "auto" and not distributed.is_torchelastic_launched():
+        devices = "1"
     fabric = Fabric(
         accelerator="auto", devices=devices if devices == "auto" else int(devices), precision=config.precision
     )
@@ -47,14 +53,45 @@ def make_fabric(config: Config, devices: str = "auto") -> Fabric:
     return fabric
 
 
-def open_parts(config: Config, data: Path | None) -> dict[str, SliceDataset]:
-    """The data set of a configuration, by part of the split."""
-    return open_split(
-        config.data.dataset,
-        data,
-        **({"size": config.data.size} if config.data.dataset == "phantom" else {}),
-        **config.data.options,
-    )
+def open_parts(config: Config, data: Path | None, run: Run | None = None) -> dict[str, SliceDataset]:
+    """The data set of a configuration, by part of the split.
+
+    run: whose split is binding where it knows any of the patients: the folder may have been added to, or be a part of
+    what was trained on, and patients never change sides. Those that it doesn't know are left out.
+    Raises SplitError where the folder has a split of its own that differs in a patient.
+    """
+    name, options = config.data.dataset, config.data.options
+    if name == "phantom":  # whose patients follow from the configuration
+        return open_split(name, data, **{"size": config.data.size} | options)
+    if run is not None and run.split_file.exists():
+        dataset = open_dataset(name, data, **options)
+        if split := _split_of(run, dataset.subjects, data):
+            return split_dataset(dataset, split, source=run.split_file)
+    return open_split(name, data, **options)
+
+
+def _split_of(run: Run, patients: Sequence[str], data: Path | None) -> Split:
+    """The run's split of these patients, without those that it doesn't know; {} if it knows none: other data."""
+    kept, known = read_split(run.split_file), set(patients)
+    split = {name: tuple(patient for patient in part if patient in known) for name, part in kept.items()}
+    part_of = {patient: name for name, part in split.items() for patient in part}
+    own = None if data is None else find_split(data)
+    if part_of and own is not None:
+        for name, part in read_split(own).items():
+            for patient in part:
+                if part_of.get(patient, name) != name:
+                    raise SplitError(
+                        f"{own}: patient {patient!r} is in {name!r}, but in {part_of[patient]!r} of {run.split_file}, "
+                        "with which networks of the run were trained; train all of them again, or undo this"
+                    )
+    absent = sum(map(len, kept.values())) - len(part_of)
+    for count, what in (
+        (len(known) - len(part_of), f"patients of {data} are not in {run.split_file} and are left out"),
+        (absent, f"patients of {run.split_file} are not in {data}"),
+    ):
+        if count and part_of:
+            print(f"split: {count} {what}", file=sys.stderr)
+    return {name: part for name, part in split.items() if part}
 
 
 def train(
@@ -75,11 +112,23 @@ def train(
     fit the configuration and the data. Nothing is written before all images have been read.
     """
     fabric = fabric or make_fabric(config)
-    parts = open_parts(config, data)
-    record = DatasetRecord(parts["train"].class_names, parts["train"].channel_names)
-    run = Run(out)
+    run, replaced = Run(out), {*networks, *(converted or {})}
+    for needed in ("cdm", "classifier"):
+        if "decoder" in networks and needed not in replaced and not run.has(needed):
+            raise CheckpointError(f"{out}: the decoder needs a trained {needed}; run `train {needed}` first")
+    continued = resume or any(run.has(name) for name in NETWORKS if name not in replaced)
+    parts = open_parts(config, data, run if continued else None)
+    _check_parts(parts, ("train", "val"))
+    record = DatasetRecord(parts["train"].class_names, parts["train"].channel_names, window=parts["train"].window)
+    sided = [name for name in record.class_names if {"left", "right"} & set(re.split(r"[\W_]+", name.lower()))]
+    if sided and config.data.mirror:
+        raise ConfigError(
+            f"data.mirror: expected false where classes are of one side ({', '.join(sided)}), which mirroring makes "
+            "the other one; set data.mirror=false"
+        )
     if (out / "config.yaml").exists() and run.record() != record:
         raise ConfigError(f"{out}: holds a run on other classes or channels; choose another --out")
+    _check_networks(config, networks, record)
     notes = [_adoption(config, name, loaded, record) for name, loaded in (converted or {}).items()]
     if fabric.is_global_zero and not quiet:
         patients = len(parts["train"].subjects)
@@ -98,6 +147,22 @@ def train(
     Trainer(config, run, fabric, train_data, val_data, record, resume, quiet).fit(networks)
     if fabric.is_global_zero:
         draw_loss_curves(run)
+
+
+def _check_networks(config: Config, networks: Sequence[str], record: DatasetRecord) -> None:
+    """Raise ConfigError now for what a network would be refused for when its turn comes, hours later."""
+    with torch.device("meta"):
+        if "cdm" in networks:
+            build_unet(config.cdm.network, record.num_channels, record.num_classes)
+        if "classifier" in networks:
+            build_classifier(config, record.num_channels, record.num_classes)
+    noisiest = max(config.evidence.noise_levels)
+    fractions = config.diffusion.level_unit == "fraction"
+    if "classifier" in networks and fractions and noisiest > config.classifier.max_noise:
+        raise ConfigError(
+            f"evidence.noise_levels: expected at most classifier.max_noise, {config.classifier.max_noise}, which the "
+            f"classifier is trained up to, got {noisiest}"
+        )
 
 
 def evaluate(
@@ -125,31 +190,26 @@ def evaluate(
         config = config.model_copy(update={"data": config.data.model_copy(update={"dataset": dataset})})
     started = time.perf_counter()
     fabric = make_fabric(config)
+    if fabric.world_size > 1:
+        raise ConfigError(f"evaluate: works in one process, got {fabric.world_size}")
     if packed is None:
-        needed = {split} | ({"train", "val"} if baselines or upper_bound or decoder_seeds > 1 else set())
-        packed = {
-            name: pack(part, config.data.size) for name, part in _parts(config, data, split).items() if name in needed
-        }
+        packed = _packed(config, run, data, split, trains=bool(baselines) or upper_bound or decoder_seeds > 1)
+    parts = packed
+
+    def trainer(folder: str, further: int) -> Trainer:
+        seeded = config.model_copy(update={"seed": config.seed + further})
+        place = Run(run.path / f"{folder}-{further}")
+        return Trainer(seeded, place, fabric, parts["train"], parts["val"], run.record(), quiet=quiet)
+
     comparisons = []
     for further in range(decoder_seeds):
-        seeded = config.model_copy(update={"seed": config.seed + further})
-        trainer = Trainer(
-            seeded,
-            run if further == 0 else Run(run.path / f"decoder-seed-{further}"),
-            fabric,
-            packed.get("train", packed[split]),
-            packed.get("val", packed[split]),
-            run.record(),
-            quiet=quiet,
-        )
         loaded = run.load(decoder=False, store=True).to(fabric.device)
         if further and not run.has_decoder(further):
-            run.save_decoder(*_train_decoder(loaded, trainer, masks=False), further)
+            run.save_decoder(*_train_decoder(loaded, trainer("decoder-seed", further), masks=False), further)
         cldf = run.load(seed=further, store=True).to(fabric.device)
         supervised = None
         if upper_bound:
-            bound = replace(trainer, run=Run(run.path / f"upper-bound-seed-{further}"))
-            trained = _train_decoder(loaded, bound, masks=True)
+            trained = _train_decoder(loaded, trainer("upper-bound-seed", further), masks=True)
             supervised = CLDF(config, loaded.unet, loaded.classifier, *trained, store=run.feature_folder)
             supervised = supervised.to(fabric.device)
         comparisons.append(
@@ -211,9 +271,8 @@ def loss_curves(run: Run) -> dict[str, list[tuple[float, float]]]:
     """Points (step, loss) by network, from the run's metrics.jsonl."""
     path = run.path / "metrics.jsonl"
     curves: dict[str, list[tuple[float, float]]] = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+    for row in read_metrics(path) if path.exists() else ():
+        if math.isfinite(row["loss"]):  # in 16 bits a step may overflow, which is then not taken
             curves.setdefault(row["network"], []).append((float(row["step"]), float(row["loss"])))
     return curves
 
@@ -252,15 +311,39 @@ def _adoption(config: Config, name: str, loaded: Loaded, record: DatasetRecord) 
     return f"{line}; {'sigmoid' if description.multi_label else 'softmax'} over {loaded.network.num_classes} logits"
 
 
-def _parts(config: Config, data: Path | None, split: str) -> dict[str, SliceDataset]:
-    if split == "all":
-        from cldf_fast.data import open_dataset
+def _packed(config: Config, run: Run, data: Path | None, split: str, *, trains: bool) -> dict[str, PackedSlices]:
+    """The part that is scored and, where something is trained or chosen for it, the run's own parts train and val."""
+    parts = open_parts(config, data, run)
+    if trains:
+        _check_parts(parts, ("train", "val"))
+        if run.split_file.exists() and not set(parts["train"].subjects) <= set(read_split(run.split_file)["train"]):
+            raise ConfigError(
+                f"data: decoders of further seeds, baselines and the upper bound are trained on what the run was, and "
+                f"{data} holds other patients; evaluate the run's decoder alone there"
+            )
+    if split == "all" and config.data.dataset != "phantom":
+        parts["all"] = open_dataset(config.data.dataset, data, **config.data.options)
+    _check_parts(parts, (split,))
+    _check_record(parts[split], run.record(), data)
+    return {name: pack(parts[name], config.data.size) for name in {split} | ({"train", "val"} if trains else set())}
 
-        return {"all": open_dataset(config.data.dataset, data, **config.data.options)}
-    parts = open_parts(config, data)
-    if split not in parts:
-        raise ConfigError(f"split: expected one of {', '.join(parts)} or all, got {split!r}")
-    return parts
+
+def _check_parts(parts: Mapping[str, SliceDataset], needed: Sequence[str]) -> None:
+    for name in needed:
+        if name not in parts:
+            raise ConfigError(f"split: expected one of {', '.join(parts)} or all, got {name!r}")
+
+
+def _check_record(found: SliceDataset, record: DatasetRecord, data: Path | None) -> None:
+    for what, here, trained in (
+        ("classes", found.class_names, record.class_names),
+        ("channels", found.channel_names, record.channel_names),
+    ):
+        if tuple(here) != trained:
+            raise DataError(
+                f"{data or 'the data set'}: expected the {what} that the run was trained on, {', '.join(trained)}, got "
+                f"{', '.join(here)}"
+            )
 
 
 def _train_decoder(cldf: CLDF, trainer: Trainer, *, masks: bool) -> tuple[PixelDecoder, Prototypes, Tensor]:

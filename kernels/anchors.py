@@ -191,7 +191,7 @@ def _rows(num_classes: int) -> int:
 def sample_anchors(
     labels: Tensor, weight: Tensor | None, seed: Tensor, image_index: Tensor, num_classes: int, per_class: int
 ) -> tuple[Tensor, Tensor]:
-    """indices int64 [B, K, S] and counts int64 [B, K]; K up to 31, S up to 2048, pixels up to 2^30."""
+    """indices int64 [B, K, S] and counts int64 [B, K]; B up to 65535, K up to 31, S up to 2048, pixels up to 2^30."""
     batch, pixels = labels.shape[0], labels[:1].numel()
     indices = seed.new_empty(batch, num_classes, per_class)
     counts = seed.new_empty(batch, num_classes)

@@ -295,6 +295,7 @@ def anchor_gradient_kernel(
     weight_ptr,
     positives_ptr,
     grad_ptr,
+    unit_ptr,
     bounds_ptr,
     M,
     N,
@@ -348,6 +349,8 @@ def anchor_gradient_kernel(
         values = _tile_features(candidate_ptr, columns, label >= 0, d, D, WIDEN)
         gradient = tl.dot(slope.to(values.dtype), values, gradient, input_precision=DOT_PRECISION)
     gradient = gradient * inverse_temperature
+    if unit_ptr is not None:
+        gradient = gradient * tl.load(unit_ptr)
     tl.store(
         grad_ptr + rows.to(tl.int64)[:, None] * D + d[None, :],
         gradient.to(grad_ptr.dtype.element_ty),
@@ -367,6 +370,7 @@ def candidate_gradient_kernel(
     weight_ptr,
     positives_ptr,
     grad_ptr,
+    unit_ptr,
     bounds_ptr,
     M,
     N,
@@ -423,6 +427,8 @@ def candidate_gradient_kernel(
         gradient = tl.dot(slope.to(values.dtype), values, gradient, input_precision=DOT_PRECISION)
     # Candidates that are ignored have met negatives too.
     gradient = tl.where((label >= 0)[:, None], gradient * inverse_temperature, 0.0)
+    if unit_ptr is not None:
+        gradient = gradient * tl.load(unit_ptr)
     tl.store(
         grad_ptr + columns.to(tl.int64)[:, None] * D + d[None, :],
         gradient.to(grad_ptr.dtype.element_ty),
@@ -430,17 +436,19 @@ def candidate_gradient_kernel(
     )
 
 
-def block_of(dim: int) -> int:
+def block_of(dim: int, dtype: torch.dtype) -> int:
     """How many of D features a program holds at once: a power of two, at least what a matrix unit takes."""
     # In several steps, smaller ones leave registers for what is carried from one to the next.
-    return 64 if dim > 128 else max(16, triton.next_power_of_2(dim))
+    most = 64 if dtype == torch.float32 else 128
+    return 64 if dim > most else max(16, triton.next_power_of_2(dim))
 
 
 def dot_precision(dtype: torch.dtype) -> str:
     """What torch's own products of fp32 are allowed: three tf32 products, which keep fp32's accuracy, or one."""
     if dtype != torch.float32:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # torch.get_float32_matmul_precision raises where somebody has set this.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def options(kernel: str, features: Tensor, variant: str, has_self: bool, prepared: bool) -> dict[str, Any]:
@@ -450,13 +458,16 @@ def options(kernel: str, features: Tensor, variant: str, has_self: bool, prepare
         "SUPCON": variant == "supcon",
         "HAS_SELF": has_self,
         "PREPARED": prepared,
-        "BLOCK_D": block_of(features.shape[1]),
+        "BLOCK_D": block_of(features.shape[1], features.dtype),
         # Under TRITON_INTERPRET=1 a product of bf16 would read their bits as integers.
         "WIDEN": not isinstance(forward_kernel, triton.JITFunction),
         "DOT_PRECISION": dot_precision(features.dtype),
         **tuning.tiles("infonce", kernel, features),
     }
 
+
+# Slopes are a share, at most 1 in magnitude, of the factor of their anchor; float16 goes up to 65504.
+_FLOAT16_UNIT = 2.0**-14
 
 SORT_FROM = 2048 * 2048
 """Pairs from which on sorting is worth its dozen launches. Estimated; no GPU has measured it yet."""
@@ -494,8 +505,10 @@ class _Problem:
     ) -> _Problem:
         """As it is where it is small, sorted by label where not. No host synchronisation."""
         if anchors.shape[0] * candidates.shape[0] < SORT_FROM:
-            inputs = (anchors.contiguous(), candidates.contiguous(), anchor_labels, candidate_labels)
-            return cls(*inputs, self_index, temperature, variant)
+            features = anchors.contiguous(), candidates.contiguous()
+            labels = anchor_labels.contiguous(), candidate_labels.contiguous()
+            own = None if self_index is None else self_index.contiguous()
+            return cls(*features, *labels, own, temperature, variant)
         anchor_labels, anchor_order = anchor_labels.sort(stable=True)
         candidate_labels, candidate_order = candidate_labels.sort(stable=True)
         anchors, candidates = anchors[anchor_order], candidates[candidate_order]
@@ -600,6 +613,19 @@ def pixel_infonce(
     return loss, lse, weight, num_positives
 
 
+def _in_units(grad_loss: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """grad_loss and what its unit is, float32 [], by which the kernels multiply their results; None is 1.
+
+    Slopes are rounded to the features' dtype, and float16 has no room for a caller's factor, such as one over the
+    number of anchors: of a softmax with as many candidates there would be nothing left.
+    """
+    if dtype != torch.float16 or not grad_loss.numel():
+        return grad_loss, None
+    largest = grad_loss.abs().amax()
+    unit = torch.where(largest > 0, largest, 1.0) * _FLOAT16_UNIT
+    return grad_loss / unit, unit
+
+
 def pixel_infonce_backward(
     grad_loss: Tensor,
     lse: Tensor,
@@ -619,6 +645,7 @@ def pixel_infonce_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the anchors and the candidates, in their dtype or in `dtype`; one not needed is empty, [0]."""
     problem = _Problem.of(anchors, candidates, anchor_labels, candidate_labels, self_index, temperature, variant)
+    grad_loss, unit = _in_units(grad_loss, anchors.dtype)
     state = [problem.sorted_like_anchors(values) for values in (grad_loss, lse, weight, num_positives)]
     gradients = []
     for kernel, features, needed, tile, bounds, order in (
@@ -640,6 +667,7 @@ def pixel_infonce_backward(
                 *problem.arguments(),
                 *state,
                 gradient,
+                unit,
                 bounds(constants[tile]),
                 *problem.sizes(),
                 1.0 / temperature,

@@ -3,7 +3,7 @@
 `tuned/default.json` holds shapes that fit and do not spill on any architecture from sm_80 on. `tuned/sm90.json` and the
 like are written on such a device and go first; they need not have every kernel. Nothing is tuned in a user's call.
 
-    python -m cldf_fast.kernels.tuning [FILE]     # measures on this device and writes FILE (tuned/sm90.json, say)
+    python -m cldf_fast.kernels.tuning [FILE [D ...]]    # measures here and writes FILE (tuned/sm90.json, say)
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ Shape = tuple[int, int, int, int]
 TRIED: tuple[Shape, ...] = tuple(
     (rows, columns, warps, stages)
     for (rows, columns), warps, stages in itertools.product(
-        ((32, 32), (64, 32), (32, 64), (64, 64), (128, 32), (128, 64), (64, 128), (128, 128)), (4, 8), (2, 3)
+        ((16, 32), (32, 16), (32, 32), (64, 32), (32, 64), (64, 64), (128, 32), (128, 64), (64, 128), (128, 128)),
+        (4, 8),
+        (2, 3),
     )
 )
+
+DIMS = (128, 64, 256, 32, 512)
 
 _forced: dict[tuple[str, str], Shape] = {}
 
@@ -77,17 +81,18 @@ def tune(
     timer: Callable[[Callable[[], Any]], float],
     *,
     size: int = 8192,
-    dims: Iterable[int] = (128, 64, 256, 32, 512),
+    dims: Iterable[int] = DIMS,
     tried: Iterable[Shape] = TRIED,
 ) -> None:
     """Measure every kernel of `pixel_infonce` with every shape that compiles and write the best to a table.
 
     timer: milliseconds that a call takes. size: anchors, and as many candidates, of four classes. The table is written
-    after every kernel: whoever has no more time keeps what there is.
+    after every kernel: whoever has no more time keeps what there is. What a file holds of others stays in it.
     """
     from . import infonce
 
-    table: dict[str, Any] = {}
+    before = json.loads(file.read_text(encoding="utf-8"))["tiles"] if file.is_file() else {}
+    table: dict[str, Any] = before.get("infonce", {})
     for dtype, dim in itertools.product((torch.bfloat16, torch.float32), dims):
         features = [torch.nn.functional.normalize(torch.randn(size, dim, device=device)).to(dtype) for _ in range(2)]
         labels = [torch.randint(0, 4, (size,), device=device) for _ in range(2)]
@@ -108,18 +113,18 @@ def tune(
             table.setdefault(kernel, {}).setdefault(_kind(dtype), {})[str(dim)] = best
             print(f"{kernel}, {dtype}, D={dim}: {best}, {times[best]:.3f} ms", flush=True)
             measured = {"device": _device_name(device), "torch": torch.__version__, "size": size}
-            record = {"measured": measured, "tiles": {"infonce": table}}
+            record = {"measured": measured, "tiles": before | {"infonce": table}}
             file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _time(kernel: str, shape: Shape, run: Callable[[], Any], timer: Callable[[Callable[[], Any]], float]) -> float:
-    """Milliseconds, or infinity for a shape that the device has no room for."""
-    from triton.runtime.errors import OutOfResources
+    """Milliseconds, or infinity for a shape that the device has no room for, or the assembler refuses."""
+    from triton.runtime.errors import TritonError
 
     _forced["infonce", kernel] = shape
     try:
         return timer(run)
-    except OutOfResources:
+    except TritonError:
         return float("inf")
     finally:
         _forced.clear()
@@ -133,4 +138,5 @@ if __name__ == "__main__":
     from triton.testing import do_bench
 
     gpu = torch.device("cuda", torch.cuda.current_device())
-    tune(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER / f"{architecture(gpu)}.json", gpu, do_bench)
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER / f"{architecture(gpu)}.json"
+    tune(path, gpu, do_bench, dims=tuple(map(int, sys.argv[2:])) or DIMS)

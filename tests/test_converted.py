@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(randomised: Ran
             "features.condition: expected null, because ema_0.9999.pt has",
         ),
         (
-            [*options, "--set", "data.options.kind=organs"],
+            [*options, "--set", "data.options.kind=organs", "--set", "data.mirror=false"],
             "expected the data's channels in order, in phase, out of phase",
         ),
         (["--cdm", options[3]], "expected a unet, found a classifier"),

@@ -519,7 +519,7 @@ def test_image_label_scores_with_position_control(seed: int) -> None:
     rng = np.random.default_rng(seed)
     patients, indices, truth = lgg_like(rng)
     probability = rng.random((truth.size, 1))
-    scores = image_label_scores(probability, truth[:, None], patients=patients, indices=indices)
+    scores = image_label_scores(probability, truth[:, None], studies=patients, indices=indices)
     row = scores["per_class"]["1"]
     assert row["negative_within"] == 0 and row["positive_within"] == truth.sum()
     assert scores["auc_within"] is None
@@ -534,9 +534,9 @@ def test_image_label_scores_with_position_control(seed: int) -> None:
         ({"probability": np.zeros((0, 1)), "truth": np.zeros((0, 1), bool)}, "not empty"),
         ({"probability": np.array([[0.2], [math.nan]])}, r"finite values in \[0, 1\]"),
         ({"probability": np.array([[0.2], [3.0]])}, "not logits"),
-        ({"patients": ["a", "a"]}, "expected both or neither"),
-        ({"patients": ["a"], "indices": [0, 1]}, "patients: expected one for each of the 2 slices, got 1"),
-        ({"patients": ["a", "a"], "indices": [0]}, "indices: expected one for each of the 2 slices, got 1"),
+        ({"studies": ["a", "a"]}, "expected both or neither"),
+        ({"studies": ["a"], "indices": [0, 1]}, "studies: expected one for each of the 2 slices, got 1"),
+        ({"studies": ["a", "a"], "indices": [0]}, "indices: expected one for each of the 2 slices, got 1"),
         ({"class_names": ["a", "b"]}, "class_names: expected 1 different names"),
     ],
 )

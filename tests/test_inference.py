@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -73,11 +74,11 @@ def test_a_dicom_series_gives_the_same_frames_in_any_file_order(
     masks = []
     for name, order in (("sorted", files), ("shuffled", shuffled)):
         volume = read_volume(order)
-        pair = type(volume)(
-            volume.image.expand(-1, 2, -1, -1), volume.geometry, volume.slice_names, volume.source, volume.origin
-        )
+        pair = replace(volume, image=volume.image.expand(-1, 2, -1, -1))
         labels = torch.ones(3, dtype=torch.bool)
-        case = segment_case(tiny_cldf, RECORD, pair, tmp_path / name, labels=labels, window=(-150.0, 250.0))
+        record = replace(RECORD, acquisition=Acquisition("MR"), window=(-150.0, 250.0))
+        case = segment_case(tiny_cldf, record, pair, tmp_path / name, labels=labels)
+        assert [doubt.code for doubt in case.warnings] == ["other_modality"]
         masks.append(pydicom.dcmread(case.files[0]))
     first, second = masks
     assert (first.Rows, first.Columns) == (512, 512)

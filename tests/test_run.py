@@ -149,6 +149,72 @@ def test_a_decoder_of_other_networks_is_refused(tiny_cldf: CLDF, run: Run, name:
     assert run.load(decoder=False).decoder is None
 
 
+def configured(run: Run, section: str, key: str, value: Any) -> Run:
+    values = run.config().model_dump()
+    values[section][key] = value
+    run.create(make_config(values), RECORD)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "network", "sentence"),
+    [
+        ("diffusion", "schedule", "cosine", "cdm", "diffusion.schedule linear, which is cosine now"),
+        ("diffusion", "timesteps", 500, "cdm", "diffusion.timesteps 1000, which is 500 now"),
+        ("features", "condition", "null", "decoder", "features.condition label, which is null now"),
+        ("features", "noise_levels", [0.4], "decoder", r"features.noise_levels \[.+\], which is \[0.4\] now"),
+    ],
+)
+def test_networks_do_not_serve_under_other_settings(
+    run: Run, section: str, key: str, value: Any, network: str, sentence: str
+) -> None:
+    configured(run, section, key, value)
+    sentence = rf"{network}\.safetensors: does not fit config.yaml: trained with {sentence}; set it back, or train the"
+    with pytest.raises(CheckpointError, match=sentence):
+        run.load()
+    assert run.has_decoder(0) == (network == "cdm")  # which is seen first
+
+
+def test_settings_that_change_nothing_learnt_are_free(tiny_cldf: CLDF, run: Run) -> None:
+    for section, key, value in (("features", "store", "int8"), ("segmentation", "average_views", True)):
+        configured(run, section, key, value)
+    assert run.load().decoder is not None
+    for name in ("cdm", "classifier", "decoder"):  # a run of before this was recorded
+        weights = load_file(run.path / f"{name}.safetensors")
+        save_file(weights, run.path / f"{name}.safetensors")
+    save_file(load_file(run.path / "prototypes.safetensors"), run.path / "prototypes.safetensors")
+    configured(run, "features", "noise_levels", [0.02, 0.4])
+    assert run.load().decoder is not None
+
+
+def test_a_decoder_that_was_replaced_alone_is_refused(tiny_cldf: CLDF, run: Run) -> None:
+    """As a kill between its two files leaves it."""
+    prototypes = (run.path / "prototypes.safetensors").read_bytes()
+    assert tiny_cldf.decoder is not None
+    assert tiny_cldf.prototypes is not None
+    with torch.no_grad():
+        next(tiny_cldf.decoder.parameters()).add_(1)
+    run.save_decoder(tiny_cldf.decoder, tiny_cldf.prototypes, tiny_cldf.label_threshold)
+    assert run.has_decoder(0)
+    (run.path / "prototypes.safetensors").write_bytes(prototypes)
+    assert not run.has_decoder(0)
+    with pytest.raises(CheckpointError, match=r"decoder.safetensors is not the one that the prototypes were made with"):
+        run.load()
+
+
+def test_a_record_holds_the_window_of_training(tiny_cldf: CLDF, tmp_path: Path) -> None:
+    run, file = Run(tmp_path / "run"), tmp_path / "run" / "dataset.json"
+    run.create(tiny_cldf.config, DatasetRecord(RECORD.class_names, RECORD.channel_names, window=(-150.0, 250.0)))
+    assert run.record().window == (-150.0, 250.0)
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(content | {"window": [3, 1]}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"dataset\.json: can't be read \(window: expected two finite numbers"):
+        run.record()
+    del content["window"]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert run.record().window is None
+
+
 def test_decoders_of_further_seeds_are_kept_apart(tiny_cldf: CLDF, run: Run) -> None:
     assert tiny_cldf.decoder is not None
     assert tiny_cldf.prototypes is not None

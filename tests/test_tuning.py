@@ -77,9 +77,13 @@ assert not tuning._forced
 
 def test_the_tuner_writes_the_fastest(tmp_path: Path) -> None:
     file = tmp_path / "sm00.json"
+    other = {"forward_kernel": {"half": {"64": [64, 32, 4, 2], "16": [1, 2, 3, 4]}}}
+    file.write_text(json.dumps({"measured": None, "tiles": {"infonce": other}}))
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-c", _TUNE, str(file)], env=environment, check=True, stdout=subprocess.DEVNULL)
     record = json.loads(file.read_text())
     best = {"16": [32, 32, 4, 2]}
-    assert record["tiles"] == {"infonce": {kernel: {"half": best, "float32": best} for kernel in KERNELS}}
+    expected = {kernel: {"half": dict(best), "float32": best} for kernel in KERNELS}
+    expected["forward_kernel"]["half"]["64"] = [64, 32, 4, 2]  # what was there of others
+    assert record["tiles"] == {"infonce": expected}
     assert record["measured"]["device"] == "cpu"

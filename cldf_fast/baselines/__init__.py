@@ -8,6 +8,9 @@ classes and P of them present:
     cg_diff                       CDM: 12 + 12 * P forward; classifier: 12 * P forward and backward
     cg_cdm                        CDM: 8 * P forward
     location_prior, intensity     none
+
+With evidence.average_views the first three see both views, as CLDF does, which is twice as much; the counterfactuals
+see one.
 """
 
 from __future__ import annotations
@@ -67,13 +70,13 @@ def _cam(method: str, cldf: CLDF, slices: _Slices, context: BaselineContext) -> 
         # Its usual place, before the pooling. Earlier maps go through group norms, which take the mean out of their
         # gradients (all of it where a group is one channel), and the mean is what GradCAM weighs the maps by.
         saliency.cam_layer = cldf.classifier.pooled
-    return _where_present(cldf, slices, lambda images, present: saliency(images).cam)
+    return _where_present(cldf, slices, lambda images, present: cldf.averaged(saliency, images).cam)
 
 
 def _gradient(cldf: CLDF, slices: _Slices, context: BaselineContext) -> Tensor:
     if slices.evidence is not None:
         return slices.evidence.gradient_map
-    return _where_present(cldf, slices, lambda images, present: cldf.saliency(images).gradient_map)
+    return _where_present(cldf, slices, lambda images, present: cldf.averaged(cldf.saliency, images).gradient_map)
 
 
 def _cg_diff(cldf: CLDF, slices: _Slices, context: BaselineContext) -> Tensor:

@@ -54,6 +54,8 @@ _SHARED = (
 # Those of images. Any other is "OT", DICOM's own code for other: no text of a header gets out.
 _MODALITIES = ("BI", "CR", "CT", "DX", "ES", "GM", "IO", "IVUS", "MG", "MR", "NM", "OCT", "OP", "OPT", "PT", "PX", "RF",
     "RG", "SM", "US", "XA", "XC")  # fmt: skip
+# Whose stored values, rescaled, are a physical quantity.
+_IN_UNITS = ("CT", "PT")
 _MUST_BE_THERE = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID")
 
 # SNOMED CT codes as (value, meaning).
@@ -368,11 +370,12 @@ def _pixels(path: Path, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     try:
         with disable_value_validation():
             dataset = pydicom.dcmread(path)
-            stored = dataset.pixel_array
-            if dataset.PhotometricInterpretation == "MONOCHROME1":
-                top = -1 if dataset.PixelRepresentation else (1 << dataset.BitsStored) - 1
-                stored = top - stored.astype(np.int64)
-            pixels = np.asarray(apply_modality_lut(stored, dataset), dtype=np.float32)
+            pixels = np.asarray(apply_modality_lut(dataset.pixel_array, dataset), dtype=np.float32)
+            # Which says how to show them: what has a unit is what it is, and of the rest, more is to be brighter.
+            if dataset.PhotometricInterpretation == "MONOCHROME1" and dataset.Modality not in _IN_UNITS:
+                levels, signed = 1 << dataset.BitsStored, dataset.PixelRepresentation
+                ends = np.array([-levels // 2, levels // 2 - 1] if signed else [0, levels - 1])
+                pixels = np.asarray(apply_modality_lut(ends, dataset), dtype=np.float32).sum() - pixels
     except Exception as error:  # decoders raise errors of a dozen unrelated types on damaged bytes
         raise DataError(
             f"{path}: the pixel data can't be decoded (truncated, or compressed in a way that needs pylibjpeg); "

@@ -23,6 +23,8 @@ _MAX_SHEAR = 1e-3
 _MAX_VOXELS = 2**31
 # World axis (0 left-right, 1 posterior-anterior, 2 inferior-superior) and direction of the slices, rows and columns.
 _CANONICAL = ((2, 1), (1, -1), (0, -1))
+_OF_A_SLICE = {0: ((0, -1), (2, -1), (1, -1)), 1: ((1, -1), (2, -1), (0, -1)), 2: _CANONICAL}
+"""The same of a slice alone, by the world axis that it is perpendicular to: as it is looked at."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +60,24 @@ class Reorientation:
 
     @property
     def _flipped_axes(self) -> tuple[int, ...]:
-        return tuple(axis for axis in range(3) if self.flips[axis])
+        # To turn an axis of one leaves nothing but a negative stride, which torch refuses.
+        return tuple(axis for axis in range(3) if self.flips[axis] and self.shape[self.order[axis]] > 1)
 
 
 def to_canonical(affine: Affine, shape: tuple[int, int, int]) -> Reorientation:
     """The turn to slices towards superior, rows towards posterior, columns towards the patient's left ("SPL").
 
+    A slice alone stays one, whatever its plane: turned, a sagittal or coronal one would be a stack of single lines. Its
+    rows go towards inferior then.
     affine: stored indices to RAS+ mm, checked. For an oblique grid each axis goes to the closest direction.
     """
     from nibabel.orientations import io_orientation
 
     world, direction = io_orientation(affine).astype(int).T.tolist()
-    order = [world.index(axis) for axis, _ in _CANONICAL]
-    flips = [direction[source] != wanted for source, (_, wanted) in zip(order, _CANONICAL, strict=True)]
+    alone = shape.index(1) if shape.count(1) == 1 else None
+    directions = _CANONICAL if alone is None else _OF_A_SLICE[world[alone]]
+    order = [world.index(axis) for axis, _ in directions]
+    flips = [direction[source] != wanted for source, (_, wanted) in zip(order, directions, strict=True)]
     return Reorientation((order[0], order[1], order[2]), (flips[0], flips[1], flips[2]), shape)
 
 

@@ -24,6 +24,7 @@ _IMAGE_MODES = (*_GREY, "RGB")
 # A palette's colours are for the eye; its indices are the classes.
 _MASK_MODES = (*_GREY, "P")
 _EXIF_ORIENTATION = 274
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
 # More than any detector has; memory is taken by what headers say.
 _MAX_SIDE = 2**14
 _BITS_PER_SAMPLE, _PLANAR_CONFIGURATION = 258, 284
@@ -169,6 +170,12 @@ def _check_file(image: Any, path: Path, expected: str, mask: bool) -> None:
     if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
         raise DataError(
             f"{path}: carries an EXIF rotation, which viewers treat differently; save it upright", code="exif_rotation"
+        )
+    if expected == "TIFF" and image.mode.startswith(("I", "F")) and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        raise DataError(
+            f"{path}: zero is white in it (PhotometricInterpretation), which readers of more than 8 bits pass over; "
+            f"save it with black as zero",
+            code="white_is_zero",
         )
     if image.mode not in (_MASK_MODES if mask else _IMAGE_MODES):
         wanted = "grey levels or a palette of class indices" if mask else "grey levels or RGB without palette and alpha"

@@ -18,6 +18,11 @@ _ROUNDING = 1e-3  # past the range, by which images that others prepared may mis
 
 # Tissue is what is brighter than this share of a robust maximum: air and most noise fall below it.
 _TISSUE_FLOOR = 0.1
+# Splines and padding leave a few values far below air, the lowest thing that a scanner measures: at most so many, by
+# more than this share of the range.
+_STRAYS, _STRAY_DISTANCE = 0.001, 0.02
+# No value of tissue fills so much of a study: air does, which is not the lowest value where images were standardised.
+_MOST_OF_ONE_VALUE = 0.25
 # Tissue's median is mapped here, and each robust standard deviation (1.4826 times the median absolute deviation) above
 # it adds this much, so that "brighter than normal tissue" means the same in every study. An upper quantile as second
 # anchor was tried and squeezed the brain of heads that are not skull-stripped: fat and scalp decide such a quantile.
@@ -62,8 +67,9 @@ def normalise_study(
     """Bring a study to INTENSITY_RANGE.
 
     image: float32 [S, C, H, W], stored units. window: (low, high) for modalities with an absolute unit, mapped linearly
-    and clipped. Without a window each channel is mapped piecewise linearly over the whole study: minimum to -1, the
-    tissue's median to -0.2, from there on 0.35 for each robust standard deviation, clipped at 1.
+    and clipped. Without a window each channel is mapped piecewise linearly over the whole study: minimum to -1 (the
+    0.1% quantile where the minimum is far below it), the tissue's median to -0.2, from there on 0.35 for each robust
+    standard deviation, clipped at both ends.
     Returns float32 [S, C, H, W]. A channel that is constant over the study maps to -1 everywhere.
     """
     low, high = INTENSITY_RANGE
@@ -82,10 +88,17 @@ def _normalise_channel(channel: Floats) -> Floats:
     values = _subsample(channel.ravel())
     floor = channel.min()
     robust_top = _quantile(values, 0.999)
+    robust_floor = _quantile(values, _STRAYS)
+    if robust_floor - floor > np.float32(_STRAY_DISTANCE) * (robust_top - robust_floor):
+        floor = robust_floor
     tissue = values[values > floor + np.float32(_TISSUE_FLOOR) * (robust_top - floor)]
     if tissue.size < 2:
         return np.full_like(channel, low)
     median = _lower_median(tissue)
+    filling = tissue == median  # a value that fills most of the study is the median of what is brighter than its floor
+    if filling.sum() > _MOST_OF_ONE_VALUE * values.size and not filling.all():
+        tissue = tissue[~filling]
+        median = _lower_median(tissue)
     deviation = np.float32(_ROBUST_DEVIATION) * _lower_median(np.abs(tissue - median))
     deviation = max(deviation, np.float32(1e-6) * (median - floor))
     # A value far beyond the tissue's may overflow, and is clipped.

@@ -9,8 +9,9 @@
 image      a NIfTI, PNG or TIFF file, or a folder of a DICOM series or of PNG or TIFF slices, as seen from the table.
            Or a column `image:NAME` for each channel, whose files have one grid.
 slice      a slice's number, from 0 for the lowest axial slice upwards (in natural order of the names where PNG and TIFF
-           files are slices), or the name of its file without the ending; empty: every slice that has no row of its own,
-           of which none may be labelled with a class unless it is the only one. May be left out.
+           files are slices), or the name of its file without the ending, where these two don't contradict each other;
+           empty: every slice that has no row of its own, of which none may be labelled with a class unless it is the
+           only one. May be left out.
 patient    whose the image is, for the split; by default every image is a patient of its own.
 all others a class each, 1 where the slice shows it and 0 where it does not.
 """
@@ -88,7 +89,13 @@ class _Image:
         for cell, (line, classes) in self.labels.items():
             if not cell:
                 continue
-            number = names.get(cell, int(cell) if cell.isdecimal() else -1)
+            counted = int(cell) if cell.isdecimal() else -1
+            number = names.get(cell, counted)
+            if number != counted and 0 <= counted < len(names):
+                raise DataError(
+                    f"{path}, line {line}: slice: {cell} is the name of slice {number}, counted from 0, and the number "
+                    f"of slice {volume.slice_names[counted]}; name the files otherwise, such as {'slice-' + cell}"
+                )
             if not 0 <= number < len(names):
                 raise DataError(
                     f"{path}, line {line}: slice: expected a number from 0 to {len(names) - 1} or a name such as "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from cldf_fast.data.base import SliceDataset
 from cldf_fast.errors import SplitError
+from cldf_fast.files import atomic_write_text
 
 PARTS = ("train", "val", "test")
 SPLIT_FILE = "split.csv"
@@ -46,10 +48,11 @@ def _part_order(part: str) -> tuple[int, str]:
 
 def write_split(split: Mapping[str, Sequence[str]], path: str | Path) -> None:
     """Write the table that `read_split` reads: parts in their order, patients sorted."""
-    with Path(path).open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(("patient", "split"))
-        rows.writerows((patient, part) for part, patients in split.items() for patient in sorted(patients))
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("patient", "split"))
+    rows.writerows((patient, part) for part, patients in split.items() for patient in sorted(patients))
+    atomic_write_text(Path(path), text.getvalue())
 
 
 def check_split(

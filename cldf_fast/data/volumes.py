@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ class Volume:
     """A `Stack` whose image is a tensor.
 
     image: float32 [S, C, H, W] on the CPU, stored units after rescale slope and intercept, finite, not constant.
-    geometry, slice_names, source, origin, warnings: as of the stack.
+    geometry, slice_names, source, origin, warnings, modalities: as of the stack.
     """
 
     image: Tensor
@@ -31,18 +31,19 @@ class Volume:
     source: Path
     origin: Origin = field(repr=False)
     warnings: tuple[InputWarning, ...] = ()
+    modalities: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, stack: Stack) -> Volume:
         """The stack's volume, in the same memory."""
-        image = torch.from_numpy(stack.image)
-        return cls(image, stack.geometry, stack.slice_names, stack.source, stack.origin, stack.warnings)
+        shared = {each.name: getattr(stack, each.name) for each in fields(stack) if each.name != "image"}
+        return cls(image=torch.from_numpy(stack.image), **shared)
 
     @property
     def stack(self) -> Stack:
         """The volume without torch, in the same memory."""
-        image = self.image.numpy()
-        return Stack(image, self.geometry, self.slice_names, self.source, self.origin, self.warnings)
+        shared = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "image"}
+        return Stack(image=self.image.numpy(), **shared)
 
 
 def read_volume(path: str | Path | Sequence[str | Path], *, channels_last: bool = False) -> Volume:

@@ -85,8 +85,7 @@ def export(
     precisions: the first one is what predictors take by default. data: folder of the run's data set, for golden images
     of its validation part, which travel with the directory, for the score that tells studies unlike the training
     images, and for their modality and pixel size. Without (the phantom needs none), golden images are synthetic, and
-    there is none of these. window: of the intensities that the run was trained on, for modalities with an absolute
-    unit.
+    there is none of these. window: of intensities, for modalities with an absolute unit; None: as in training.
     evidence: False exports a run whose decision weighs the image's gradient map, without that.
     Raises ConfigError for a run that can't be exported, ParityError where a graph differs from PyTorch, BackendError
     for a runtime that is absent. Nothing is left at `out` then.
@@ -111,7 +110,9 @@ def export(
         "segmentation": SegmentationGraph(cldf),
         "labels": LabelGraph(cldf),
     }
-    parts = open_parts(run.config(), data) if data is not None or run.config().data.dataset == "phantom" else None
+    at_hand = data is not None or run.config().data.dataset == "phantom"
+    parts = open_parts(run.config(), data, run) if at_hand else None
+    window = window or record.window or (None if parts is None else parts["train"].window)
     if parts is not None and len(parts["val"].refs) > 1:
         graphs[BOTTLENECK] = BottleneckGraph(cldf)
     detector, acquisition = None, record.acquisition

@@ -176,6 +176,9 @@ class TensorRTSession:
 
     plan: an engine whose bytes have been checked. shapes: as in `Engine`. cuda_graph: capture the work of a batch
     size when it comes twice in a row, and replay it until another comes.
+
+    TensorRT for RTX compiles kernels for a batch size at its first call, which takes seconds. Sizes are rounded up to
+    powers of two there, so that they are few.
     """
 
     def __init__(
@@ -196,7 +199,8 @@ class TensorRTSession:
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise BackendError(f"{self.backend} {trt.__version__}: can't load the engine ({logger.last})")
-        self._context = self._engine.create_execution_context()
+        self._compiles_by_size = hasattr(trt, "DynamicShapesKernelSpecializationStrategy")
+        self._context = self._create_context(trt)
         self._inputs: dict[str, Buffer] = {}
         self._outputs: dict[str, Buffer] = {}
         for i in range(self._engine.num_io_tensors):
@@ -235,10 +239,23 @@ class TensorRTSession:
         engine = build(sealed.read(onnx), flavour=flavour, batches=batches, compute_capabilities=here)
         return cls(engine.plan, engine.shapes, cuda, trt)
 
-    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """See `deploy.runtime.Session`. Fewer rows than the engine's smallest batch are filled up."""
-        given = len(next(iter(inputs.values())))
+    def _create_context(self, trt: Any) -> Any:
+        if not self._compiles_by_size:
+            return self._engine.create_execution_context()
+        # By default kernels for any size serve until those for the size at hand are compiled, beside later calls: the
+        # same image would get other bits on the way, and a graph keep the kernels of the call that it recorded.
+        config = self._engine.create_runtime_config()
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        return self._engine.create_execution_context(config)
+
+    def _batch_size(self, given: int) -> int:
         rows = max(given, self.smallest)
+        return min(1 << (rows - 1).bit_length(), self.max_batch) if self._compiles_by_size else rows
+
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """See `deploy.runtime.Session`. What is missing to a batch size of the engine's is filled up."""
+        given = len(next(iter(inputs.values())))
+        rows = self._batch_size(given)
         with self._lock:
             self._cuda.use()
             for name, buffer in self._inputs.items():
@@ -283,9 +300,11 @@ class TensorRTSession:
 
     def close(self) -> None:
         """See `Session`."""
-        self._drop_graph()
-        for buffer in (*self._inputs.values(), *self._outputs.values()):
-            buffer.free()
+        with self._lock:
+            self._cuda.use()
+            self._drop_graph()
+            for buffer in (*self._inputs.values(), *self._outputs.values()):
+                buffer.free()
 
 
 class _Log:

@@ -43,7 +43,8 @@ def _capture(
             function(*static_inputs)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Its own default is one stream for all devices, on which another device's work would be executed and not captured.
+    with torch.cuda.graph(graph, stream=stream):
         static_outputs = function(*static_inputs)
 
     def replay(*fresh: Tensor) -> tuple[Tensor, ...]:

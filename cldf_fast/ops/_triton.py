@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,10 +17,21 @@ def interpreting() -> bool:
 
 def no_triton() -> str | None:
     """Why no kernel can run on this machine; None where one can."""
-    if not importlib.util.find_spec("triton"):
-        return "not installed: triton, which CUDA builds of torch bring"
+    if reason := _not_installed():
+        return reason
     if not torch.cuda.is_available() and not interpreting():
         return "no CUDA device"
+    return None
+
+
+@cache
+def _not_installed() -> str | None:
+    if not importlib.util.find_spec("triton"):
+        return "not installed: triton, which CUDA builds of torch bring"
+    if not importlib.util.find_spec("cldf_fast.kernels"):
+        return (
+            "not installed: cldf_fast.kernels, which lies elsewhere in a checkout; install that with pip install -e ."
+        )
     return None
 
 

@@ -119,7 +119,12 @@ def _on_triton(labels: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 def _triton_objection(
     labels: Tensor, weight: Tensor | None, seed: Tensor, image_index: Tensor, num_classes: int, per_class: int
 ) -> str | None:
-    limits = {"num_classes": (num_classes, 31), "per_class": (per_class, 2048), "pixels": (labels[:1].numel(), 2**30)}
+    limits = {
+        "images": (labels.shape[0], 65_535),  # an axis of the grid
+        "num_classes": (num_classes, 31),
+        "per_class": (per_class, 2048),
+        "pixels": (labels[:1].numel(), 2**30),
+    }
     for name, (value, most) in limits.items():
         if value > most:
             return f"needs {name} up to {most}, got {value}"

@@ -2,7 +2,7 @@
 
 Everything random in a step follows from (seed, step) alone: the batch, the noise, the augmentation. Each process draws
 for the joint batch and keeps its rows. So a resumed run needs no state of a random generator, and a run of two
-processes equals a run of one with the same joint batch.
+processes equals a run of one with the same joint batch; but for dropout, which each process draws for its own rows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,14 +19,15 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from cldf_fast.config import OptimisationConfig
-from cldf_fast.errors import CheckpointError, ConfigError
+from cldf_fast.config import OptimisationConfig, flat
+from cldf_fast.errors import CheckpointError, ConfigError, TrainingError
 from cldf_fast.files import atomic_write, atomic_write_text
 from cldf_fast.training.progress import Progress
 
 # Added to the seed so that networks of one run do not see the same draws; the order of networks is irrelevant.
 _STREAMS = {"cdm": 1, "classifier": 2, "decoder": 3}
 _FINAL_LEARNING_RATE = 0.02  # of the peak, reached by a half cosine
+_OF_FILES_ALONE = {"save_every", "log_every"}
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def fit(
     run: Path,
     seed: int,
     resume: bool,
+    settings: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> nn.Module:
     """Train `module` in place and return it with the moving average of its weights, in evaluation mode.
@@ -86,6 +88,9 @@ def fit(
     name: "cdm", "classifier" or "decoder"; names the files in `run`: `<name>.checkpoint` (training state),
     `metrics.jsonl` (a row each log_every steps: network, step, loss, lr, seconds). resume: go on from the checkpoint
     where there is one, to the same weights as if it had never stopped (bit for bit with as many threads, on a CPU).
+    settings: whatever else decides what is learnt, by name, plain values.
+    Raises CheckpointError for a checkpoint that is damaged or was begun with another seed, configuration or settings,
+    and TrainingError where the loss or the weights are not finite; the checkpoint is of before then.
     """
     if config.batch_size % fabric.world_size:
         raise ConfigError(
@@ -98,9 +103,12 @@ def fit(
         module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99)
     )
     path = run / f"{name}.checkpoint"
+    begun_with = {"seed": seed, **(settings or {})} | {
+        f"optimisation.{key}": value for key, value in flat(config).items() if key not in _OF_FILES_ALONE
+    }
     first = 0
     if resume and path.exists():
-        first = _restore(path, module, optimizer, average)
+        first = _restore(path, module, optimizer, average, fabric, begun_with)
     if first < config.steps:
         trained, optimizer = fabric.setup(module, optimizer)
         average = {key: value.to(fabric.device) for key, value in average.items()}
@@ -110,12 +118,17 @@ def fit(
             try:
                 for step in range(first, config.steps):
                     loss = _step(trained, optimizer, loss_function, config, fabric, seed, name, step, average, module)
-                    if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+                    done = step + 1
+                    logs = done % config.log_every == 0 or done == config.steps
+                    saves = done % config.save_every == 0 or done == config.steps
+                    if logs or saves:
+                        _check_finite(name, module, done)
+                    if logs:
                         loss = cast(Tensor, fabric.all_reduce(loss, reduce_op="mean"))
-                        log.write(step + 1, loss, optimizer.param_groups[0]["lr"])
-                        progress.update(step + 1, float(loss))
-                    if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                        _save(path, module, optimizer, average, step + 1, fabric)
+                        log.write(done, loss, optimizer.param_groups[0]["lr"])
+                        progress.update(done, float(loss))
+                    if saves:
+                        _save(path, module, optimizer, average, done, fabric, begun_with)
             except KeyboardInterrupt:
                 # The step that was interrupted may have half changed the weights: what was saved last stands.
                 progress.note(f"{name}: interrupted; --resume goes on from the last checkpoint, {path.name}")
@@ -156,21 +169,61 @@ def _step(
     return loss.detach()
 
 
-def _save(path: Path, module: nn.Module, optimizer: Any, average: dict[str, Tensor], step: int, fabric: Fabric) -> None:
+def _check_finite(name: str, module: nn.Module, step: int) -> None:
+    if not all(bool(value.isfinite().all()) for value in module.parameters()):
+        raise TrainingError(
+            f"{name}: the weights are not finite after step {step}, the training diverged; lower "
+            f"{name}.optimisation.learning_rate"
+        )
+
+
+def _save(
+    path: Path,
+    module: nn.Module,
+    optimizer: Any,
+    average: dict[str, Tensor],
+    step: int,
+    fabric: Fabric,
+    begun_with: Mapping[str, Any],
+) -> None:
     if fabric.is_global_zero:
-        state = {"module": module.state_dict(), "average": average, "optimizer": optimizer.state_dict(), "step": step}
+        state = {
+            "module": module.state_dict(),
+            "average": average,
+            "optimizer": optimizer.state_dict(),
+            "precision": fabric.strategy.precision.state_dict(),  # of 16-mixed, how losses are scaled
+            "step": step,
+            "begun_with": dict(begun_with),
+        }
         with atomic_write(path) as temporary:
             torch.save(state, temporary)
     fabric.barrier()
 
 
-def _restore(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> int:
+def _restore(
+    path: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor],
+    fabric: Fabric,
+    begun_with: Mapping[str, Any],
+) -> int:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        # Checkpoints of before this was recorded have neither.
+        before, precision = state.get("begun_with", {}), state.get("precision", {})
+        if (key := next((key for key in before if begun_with.get(key) != before[key]), None)) is not None:
+            raise CheckpointError(
+                f"{path}: was begun with {key} {before[key]}, which is {begun_with.get(key)} now; set it back, or "
+                "train without --resume"
+            )
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         average.update(state["average"])
+        fabric.strategy.precision.load_state_dict(precision)
         return int(state["step"])
+    except CheckpointError:
+        raise
     # What torch.load raises depends on where a file is damaged; AttributeError and TypeError are another object's.
     except (
         OSError,
@@ -186,6 +239,11 @@ def _restore(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, av
         raise CheckpointError(f"{path}: can't be resumed from ({reason}); delete it to start this network again") from e
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a `metrics.jsonl`, without one that a kill has torn."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+
 class MetricsLog:
     """Rows of `metrics.jsonl`. Rows of this network after the first step are dropped: they will be written again."""
 
@@ -195,8 +253,7 @@ class MetricsLog:
         if enabled:
             path.parent.mkdir(parents=True, exist_ok=True)
         if enabled and path.exists():
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            kept = [row for row in rows if row["network"] != network or row["step"] <= first_step]
+            kept = [row for row in read_metrics(path) if row["network"] != network or row["step"] <= first_step]
             atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, step: int, loss: Tensor, learning_rate: float) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from cldf_fast.config import Config, OptimisationConfig
+from cldf_fast.config import Config, OptimisationConfig, flat
 from cldf_fast.data.packing import PackedSlices
-from cldf_fast.errors import CheckpointError
+from cldf_fast.errors import CheckpointError, DataError
 from cldf_fast.evidence import pixel_labels
 from cldf_fast.models.decoder import PixelDecoder
 from cldf_fast.pipeline import CLDF, build_classifier, build_diffusion, build_unet, freeze
@@ -26,6 +28,12 @@ from cldf_fast.training.engine import LossFunction, fit
 from cldf_fast.training.progress import Progress
 
 NETWORKS = ("cdm", "classifier", "decoder")
+_LEARNT_FROM = {
+    "cdm": ("data.", "diffusion.", "cdm."),
+    "classifier": ("data.", "diffusion.", "classifier."),
+    "decoder": ("data.", "diffusion.", "evidence.", "features.", "decoder."),
+}
+"""How the keys of the configuration begin that decide what a network learns."""
 _EVIDENCE_BATCH = 32
 _EMBED_BATCH = 65_536  # anchors
 
@@ -49,6 +57,10 @@ class Trainer:
 
     def fit(self, networks: Sequence[str]) -> None:
         """Train these networks, in the order of NETWORKS, and write each to the run when it is done."""
+        if not self.resume and self.fabric.is_global_zero:
+            # Before the first one starts: what a kill leaves of this training must not be taken up at an older one's.
+            for name in networks:
+                (self.run.path / f"{name}.checkpoint").unlink(missing_ok=True)
         for name in NETWORKS:
             if name in networks:
                 getattr(self, f"_fit_{name}")()
@@ -107,10 +119,20 @@ class Trainer:
             run=self.run.path,
             seed=self.config.seed,
             resume=self.resume,
+            settings=self.settings(name),
             quiet=self.quiet,
         )
         if self.fabric.is_global_zero:
             self.run.save_network(name, trained)
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """What a resumed training of a network has to have in common with the one that was begun."""
+        kept = {
+            key: value
+            for key, value in flat(self.config).items()
+            if key.startswith(_LEARNT_FROM[name]) and ".optimisation." not in key and ".store" not in key
+        }
+        return kept | {"precision": self.config.precision}
 
 
 def fit_decoder(cldf: CLDF, trainer: Trainer, labels: Tensor) -> tuple[PixelDecoder, Prototypes, Tensor]:
@@ -132,8 +154,26 @@ def fit_decoder(cldf: CLDF, trainer: Trainer, labels: Tensor) -> tuple[PixelDeco
         fabric=trainer.fabric,
         quiet=trainer.quiet,
     )
+    _check_classes(bank, trainer.record.class_names)
     decoder, prototypes = fit_on_anchors(trainer, cldf.features.channels, bank, decoder_loss(bank, config.decoder))
     return decoder, prototypes, label_thresholds(cldf, trainer.val)
+
+
+def _check_classes(bank: AnchorBank, class_names: Sequence[str]) -> None:
+    """Raise DataError without background to learn from, and warn of classes without pixels, which are never found."""
+    found = bank.labels.flatten().clamp_min(-1).add(1).bincount(minlength=len(class_names) + 2)[1:].tolist()
+    if not found[0]:
+        raise DataError(
+            "pixel labels: expected some background to learn from, found none in any training image; raise "
+            "evidence.background_gradient or evidence.background_cam"
+        )
+    for name, pixels in zip(class_names, found[1:], strict=True):
+        if not pixels:
+            warnings.warn(
+                f"pixel labels: none of any training image is of {name}, which will be segmented nowhere; lower "
+                "evidence.foreground_gradient or evidence.foreground_cam, or train the classifier longer",
+                stacklevel=2,
+            )
 
 
 def fit_on_anchors(
@@ -162,6 +202,7 @@ def fit_on_anchors(
         run=trainer.run.path,
         seed=config.seed,
         resume=trainer.resume,
+        settings=trainer.settings("decoder"),
         quiet=trainer.quiet,
     )
     decoder = freeze(decoder.cpu())

@@ -67,11 +67,12 @@ class Launcher {
     check_cuda(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
   }
 
-  // How many blocks a cluster may have here.
-  int largest_cluster() const {
-    int major = 0;
-    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_));
-    return major >= 9 ? 8 : 1;
+  // How many blocks of a kernel a cluster may have here: one where it was compiled without clusters, whatever the device.
+  template <class... Parameters>
+  int largest_cluster(void (*kernel)(Parameters...)) const {
+    cudaFuncAttributes attributes{};
+    check_cuda(cudaFuncGetAttributes(&attributes, kernel));
+    return attributes.ptxVersion >= 90 ? 8 : 1;
   }
 
  private:

@@ -120,6 +120,19 @@ def test_no_image_with_a_class_gives_zero_maps(name: str, tiny_cldf: CLDF, conte
     assert not score_maps(name, tiny_cldf, data.images, present, context, data.studies).any()
 
 
+@pytest.mark.parametrize("name", ["gradient", "layercam", "gradcam"])
+def test_maps_see_the_views_that_evidence_sees(name: str, tiny_cldf: CLDF, context: BaselineContext) -> None:
+    data = random_slices(3)
+    present = torch.ones(3, CLASSES, dtype=torch.bool)
+    one = score_maps(name, tiny_cldf, data.images, present, context)
+    section = tiny_cldf.config.evidence.model_copy(update={"average_views": True})
+    tiny_cldf.config = tiny_cldf.config.model_copy(update={"evidence": section})
+    both = score_maps(name, tiny_cldf, data.images, present, context)
+    assert not torch.allclose(both, one, atol=1e-3)
+    evidence = tiny_cldf.evidence(data.images)
+    torch.testing.assert_close(score_maps(name, tiny_cldf, data.images, present, context, evidence=evidence), both)
+
+
 def test_more_images_than_a_batch_are_all_served(tiny_cldf: CLDF, context: BaselineContext) -> None:
     data = random_slices(18)
     present = torch.ones(18, CLASSES, dtype=torch.bool)

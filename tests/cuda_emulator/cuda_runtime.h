@@ -241,7 +241,6 @@ inline void atomicAdd(uint32_t* to, uint32_t value) { *to += value; }
 typedef int cudaError_t;
 typedef void* cudaStream_t;
 constexpr cudaError_t cudaSuccess = 0;
-enum { cudaDevAttrComputeCapabilityMajor };
 enum { cudaLaunchAttributeClusterDimension };
 
 struct cudaLaunchAttribute {
@@ -261,7 +260,15 @@ struct cudaLaunchConfig_t {
 inline const char* cudaGetErrorString(cudaError_t) { return "failed"; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = -1, cudaSuccess; }  // as torch numbers the CPU
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = EMULATED_CAPABILITY, cudaSuccess; }
+
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  return attributes->ptxVersion = 10 * EMULATED_CAPABILITY, cudaSuccess;
+}
 extern "C" inline int32_t aoti_torch_get_current_cuda_stream(int32_t, void**) { return 0; }
 
 template <class... Parameters>

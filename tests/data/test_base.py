@@ -288,6 +288,28 @@ def test_one_hot_pixel_does_not_darken_the_study() -> None:
     assert torch.allclose(normalise_study(spiked)[1:], normalise_study(image)[1:], atol=0.02)
 
 
+def test_a_few_values_far_below_air_do_not_make_tissue_of_it() -> None:
+    """As splines leave them, which register and resample studies."""
+    image = head(torch.Generator().manual_seed(2), slices=8)
+    strays = image.clone()
+    strays[0, 0, 0, :3] = torch.tensor([-5.0, -60.0, -1e5])
+    normalised = normalise_study(strays)
+    assert torch.allclose(normalised[1:], normalise_study(image)[1:], atol=0.05)
+    assert (normalised[0, 0, 0, :3] == -1).all()
+
+
+def test_standardised_tissue_around_zero_air_keeps_its_range() -> None:
+    """Skull-stripped and divided by the deviation, as preprocessing of challenges does: air is in the middle."""
+    generator = torch.Generator().manual_seed(5)
+    image = torch.zeros(4, 1, 40, 40)
+    image[:, :, 10:30, 10:30] = torch.randn(4, 1, 20, 20, generator=generator)
+    normalised = normalise_study(image)
+    tissue = normalised[image != 0]
+    assert float(tissue.quantile(0.5)) == pytest.approx(-0.2, abs=0.05)
+    assert float(tissue.quantile(0.84)) == pytest.approx(0.15, abs=0.06)
+    assert (tissue == 1).float().mean() < 0.01
+
+
 def test_a_study_above_the_sampling_bound_is_normalised_alike() -> None:
     # Rows of 512 pixels with tissue in few columns: an even subsample would see air or tissue alone.
     generator = torch.Generator().manual_seed(3)

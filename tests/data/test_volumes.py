@@ -106,6 +106,31 @@ def test_nifti_is_canonical_and_every_voxel_keeps_its_place(
     assert count_slices(tmp_path / "case.nii.gz") == len(volume.image)
 
 
+@pytest.mark.parametrize(
+    ("axcodes", "shape", "expected"),
+    [
+        ("PSR", (5, 6, 1), "LIP"), ("LPS", (1, 5, 6), "LIP"), ("RSA", (5, 6, 1), "PIL"), ("LAS", (5, 1, 6), "PIL"),
+        ("LAS", (5, 6, 1), "SPL"), ("PSR", (5, 1, 1), "SPL"),
+    ],
+)  # fmt: skip
+def test_one_slice_of_any_plane_stays_a_slice(
+    tmp_path: Path, rng: np.random.Generator, axcodes: str, shape: tuple[int, ...], expected: str
+) -> None:
+    data = rng.normal(size=shape).astype(np.float32)
+    path = save_nifti(tmp_path / "case.nii", data, nifti_affine(axcodes, oblique=True))
+    volume = read_volume(path)
+    assert volume.geometry.axcodes == expected
+    if shape.count(1) == 1:
+        assert len(volume.image) == 1
+    stored = nib.load(path).affine
+    for index in itertools.product(*(range(0, size, 2) for size in shape)):
+        found = np.argwhere(volume.image[:, 0].numpy() == data[index])
+        np.testing.assert_allclose(world(volume.geometry.affine, found[0]), world(stored, index), atol=1e-9)
+    mask = (volume.image[:, 0] > 0).to(torch.uint8)
+    (written,) = write_mask(mask, volume, tmp_path / "out", class_names=["a"])
+    np.testing.assert_array_equal(np.asarray(nib.load(written).dataobj), data > 0)
+
+
 @pytest.mark.parametrize("codes", [(1, 2), (1, 0), (0, 4), (0, 0)])
 @pytest.mark.parametrize("axcodes", ["LAS", "RAS", "LPS", "PIR", "SRA", "RIA", "ARS"])
 def test_nifti_mask_goes_back_to_the_input_grid(
@@ -439,11 +464,19 @@ def test_dicom_named_by_uid_without_endings(tmp_path: Path, rng: np.random.Gener
         read_volume(tmp_path / "s")
 
 
-def test_monochrome1_is_inverted_and_rescale_is_by_slice(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_monochrome1_is_inverted_but_for_units_and_rescale_is_by_slice(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
     pixels = dicom_pixels(rng)
 
+    def in_units(index: int, header: Dataset) -> None:
+        header.PhotometricInterpretation, header.Modality = "MONOCHROME1", "CT"
+
+    image = read_volume(save_series(tmp_path / "u", pixels, edit=in_units)).image[:, 0].numpy()
+    np.testing.assert_array_equal(image, pixels.astype(np.float32) * 2 - 1000)
+
     def inverted(index: int, header: Dataset) -> None:
-        header.PhotometricInterpretation, header.RescaleSlope = "MONOCHROME1", index + 1
+        header.PhotometricInterpretation, header.RescaleSlope, header.Modality = "MONOCHROME1", index + 1, "MR"
 
     image = read_volume(save_series(tmp_path / "s", pixels, edit=inverted)).image[:, 0].numpy()
     slope = np.arange(1, 6)[:, None, None]
@@ -451,6 +484,7 @@ def test_monochrome1_is_inverted_and_rescale_is_by_slice(tmp_path: Path, rng: np
 
     def signed(index: int, header: Dataset) -> None:
         header.PhotometricInterpretation, header.PixelRepresentation, header.BitsStored = "MONOCHROME1", 1, 16
+        header.Modality = "MR"
         header.HighBit, header.PixelData = 15, (pixels[index].astype(np.int16) - 2000).tobytes()
 
     image = read_volume(save_series(tmp_path / "t", pixels, edit=signed)).image[:, 0].numpy()

@@ -153,7 +153,7 @@ def engine(run: Run) -> Path:
     """An engine directory of the run, exported with a data set at hand. Not to be changed."""
     parts = {"train": a_part(0, 30), "val": a_part(30, 12)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporting, "open_parts", lambda config, data: parts)
+        patch.setattr(exporting, "open_parts", lambda config, data, run: parts)
         exporting.export(run, run.path.parent / "engine", precisions=("float32", "float16"), data=run.path)
     return run.path.parent / "engine"
 

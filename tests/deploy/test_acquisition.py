@@ -266,7 +266,7 @@ def test_an_export_knows_what_its_data_set_tells(
         return SliceDataset(refs, RECORD.class_names, RECORD.channel_names, modality=modality)
 
     parts = {"train": part("t", 3, 0.5), "val": part("v", patients, 100.0)}
-    monkeypatch.setattr(exporting, "open_parts", lambda config, data: parts)
+    monkeypatch.setattr(exporting, "open_parts", lambda config, data, run: parts)
     exporting.export(run, tmp_path / "engine", precisions=("float32",), data=tmp_path)
     expected = Acquisition() if modality is None else Acquisition("MR", (0.5, 1.5))
     assert Predictor(tmp_path / "engine").load().acquisition == expected

@@ -7,6 +7,7 @@ import gzip
 import json
 import pickle
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,17 @@ def two_formats(folder: Path, _: np.random.Generator) -> Path:
     return folder
 
 
+def white_is_zero(folder: Path, _: np.random.Generator) -> Path:
+    """A 16-bit TIFF whose PhotometricInterpretation, a short in little-endian, is changed from 1 to 0."""
+    path = folder / "a.tif"
+    Image.fromarray(np.arange(30, dtype=np.uint16).reshape(5, 6)).save(path)
+    content = path.read_bytes()
+    entry = struct.pack("<HHIH", 262, 3, 1, 1)
+    assert content.count(entry) == 1
+    path.write_bytes(content.replace(entry, struct.pack("<HHIH", 262, 3, 1, 0)))
+    return path
+
+
 def one_name(folder: Path, rng: np.random.Generator) -> Path:
     series = of_series(at(-1))(folder, rng)
     shutil.copy(series / "im_0.dcm", series / "im_0.ima")
@@ -160,6 +172,7 @@ REFUSED: list[tuple[str, Callable[[Path, np.random.Generator], Path]]] = [
     ("colour", of_nifti(lambda p: save_nifti(p, np.ones((3, 4, 5), dtype=np.complex64)))),
     ("colour", of_series(at(0, PhotometricInterpretation="RGB"))),
     ("bit_depth", of_image(sixteen_bit_colour)),
+    ("white_is_zero", white_is_zero),
     ("exif_rotation", of_image(exif_rotated)),
     ("several_volumes", of_nifti(lambda p: save_nifti(p, np.arange(120.0).reshape(3, 4, 5, 2)))),
     ("several_volumes", of_series(at(1, NumberOfFrames=2))),

@@ -45,6 +45,12 @@ class Context:
         self.rows = 0
         self.refuses = refuses
         self.enqueued = 0
+        self.sizes: list[int] = []
+        self.config: Any = None
+
+    def configured(self, config: Any) -> Context:
+        self.config = config
+        return self
 
     def set_tensor_address(self, name: str, address: int) -> None:
         self.addresses[name] = address
@@ -52,6 +58,8 @@ class Context:
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert shape[1:] == SHAPES[name][0][1:]
         self.rows = shape[0]
+        if name == "x":
+            self.sizes.append(self.rows)
         return shape[0] != self.refuses
 
     def view(self, name: str, columns: int) -> np.ndarray:
@@ -78,7 +86,8 @@ def trt() -> Any:
         get_tensor_shape=shapes.get,
         get_tensor_dtype=lambda name: "float",
         get_tensor_mode=lambda name: Mode.OUTPUT if name == "y" else Mode.INPUT,
-        create_execution_context=lambda: context,
+        create_execution_context=lambda config=None: context.configured(config),
+        create_runtime_config=SimpleNamespace,
     )
 
     class Runtime:
@@ -158,6 +167,23 @@ def test_only_the_rows_of_a_call_are_copied(driver: str, trt: Any) -> None:
     session(inputs(4))
     assert fake.fake_uploaded() - before == 4 * 4 * 4
     session.close()
+
+
+def test_only_tensorrt_for_rtx_has_few_sizes_and_compiles_them_at_once(driver: str, trt: Any) -> None:
+    sizes = {}
+    for flavour in ("tensorrt", "tensorrt_rtx"):
+        if flavour == "tensorrt_rtx":
+            trt.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
+        session = TensorRTSession(b"plan", SHAPES, Cuda(library=driver), trt, cuda_graph=False)
+        trt.context.sizes.clear()
+        for rows in (1, 3, 4, 6, 2):
+            given = inputs(rows)
+            np.testing.assert_allclose(session(given)["y"], expected(given), rtol=1e-6)
+        session.close()
+        sizes[flavour] = trt.context.sizes.copy()
+        strategy = getattr(trt.context.config, "dynamic_shapes_kernel_specialization_strategy", None)
+        assert strategy == ("eager" if flavour == "tensorrt_rtx" else None)
+    assert sizes == {"tensorrt": [2, 3, 4, 6, 2], "tensorrt_rtx": [2, 4, 6, 2]}
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,40 @@ def drawn(m: int, n: int, d: int, classes: int, dtype: torch.dtype = torch.float
     return [*(x.to(dtype) for x in features), torch.randint(-1, classes, (m,)), torch.randint(-1, classes, (n,))]
 
 
+@pytest.mark.parametrize("factor", [0.0, 1e-30, 3e-8, 1e20])
+def test_kernels_give_gradients_of_float16_for_factors_that_it_has_no_room_for(factor: float) -> None:
+    """A caller's mean over 8192 anchors, or the scale of a loss: slopes are rounded to float16 on the way."""
+    needs("triton", "pixel_infonce_backward")
+    from cldf_fast.kernels import infonce
+
+    inputs = (*drawn(17, 40, 8, 2, torch.float16), None, 0.1, "per_positive")
+    loss, *state = infonce.pixel_infonce(*inputs)
+    for scaled, one in zip(
+        *(
+            infonce.pixel_infonce_backward(
+                torch.full_like(loss, grad), *state, *inputs, True, True, dtype=torch.float32
+            )
+            for grad in (factor, 1.0)
+        ),
+        strict=True,
+    ):
+        assert one.norm() > 0.1
+        torch.testing.assert_close(scaled, one * factor, rtol=1e-4, atol=1e-6 * factor)
+
+
+def test_strided_labels_and_places_are_read_rightly(impl: str) -> None:
+    anchors, candidates, anchor_labels, candidate_labels = drawn(9, 20, 6, 2)
+    places = torch.randperm(20)[:9]
+    expected = pixel_infonce(
+        anchors, candidates, anchor_labels, candidate_labels, self_index=places, reduction="none", impl="reference"
+    )
+    strided = [torch.stack([values, values.flip(0) - 5], dim=1)[:, 0] for values in (anchor_labels, candidate_labels)]
+    apart = torch.stack([places, places.flip(0)], dim=1)[:, 0]
+    assert not any(values.is_contiguous() for values in (*strided, apart))
+    found = pixel_infonce(anchors, candidates, *strided, self_index=apart, reduction="none", impl=impl)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize(

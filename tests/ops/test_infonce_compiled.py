@@ -14,7 +14,9 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "dim"), [("bfloat16", 128), ("bfloat16", 256), ("float32", 64)])
+@pytest.mark.parametrize(
+    ("dtype", "dim"), [("bfloat16", 128), ("bfloat16", 256), ("float16", 128), ("float32", 64), ("float32", 128)]
+)
 @pytest.mark.parametrize(
     ("kernel", "variant"),
     [
@@ -31,7 +33,7 @@ def test_no_kernel_spills(
 ) -> None:
     from cldf_fast.kernels import infonce, tuning
 
-    features = "*" + {"float32": "fp32", "bfloat16": "bf16"}[dtype]
+    features = "*" + {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype]
     types = dict.fromkeys(getattr(infonce, kernel).arg_names, "*fp32") | {
         "anchor_ptr": features, "candidate_ptr": features, "grad_ptr": features, "anchor_label_ptr": "*i64",
         "candidate_label_ptr": "*i64", "self_ptr": "*i64", "positives_ptr": "*i64", "bounds_ptr": "*i32", "M": "i32",

@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from cldf_fast.config import OptimisationConfig
-from cldf_fast.errors import CheckpointError, ConfigError
+from cldf_fast.errors import CheckpointError, ConfigError, TrainingError
 from cldf_fast.training import engine
 from cldf_fast.training.engine import StepDraws, derived_seed, fit, learning_rate_factor, step_draws
 
@@ -223,11 +223,47 @@ def replaced_by_another_network(path: Path) -> None:
     ],
 )
 def test_a_damaged_checkpoint_is_named(fabric: Fabric, tmp_path: Path, damage: Callable[[Path], None]) -> None:
-    train(fabric, tmp_path, config=STEPS.model_copy(update={"steps": 4}))
+    with pytest.raises(KeyboardInterrupt):
+        train(fabric, tmp_path, function=stopping_at(5))
     damage(tmp_path / "cdm.checkpoint")
     with pytest.raises(CheckpointError, match=r"cdm\.checkpoint: can't be resumed from \(.+\); delete it") as caught:
         train(fabric, tmp_path, resume=True)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 6}, "seed 5, which is 6"),
+        ({"config": STEPS.model_copy(update={"steps": 20})}, "optimisation.steps 11, which is 20"),
+        ({"config": STEPS.model_copy(update={"batch_size": 8})}, "optimisation.batch_size 4, which is 8"),
+        ({"settings": {"cdm.null_probability": 0.2}}, "cdm.null_probability 0.1, which is 0.2"),
+    ],
+)
+def test_another_training_s_checkpoint_is_not_taken_up(
+    fabric: Fabric, tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    settings = {"settings": {"cdm.null_probability": 0.1}}
+    with pytest.raises(KeyboardInterrupt):
+        train(fabric, tmp_path, function=stopping_at(5), **settings)
+    with pytest.raises(CheckpointError, match=rf"cdm\.checkpoint: was begun with {named} now; set it back, or train"):
+        train(fabric, tmp_path, resume=True, **(settings | change))
+    often = STEPS.model_copy(update={"save_every": 1, "log_every": 5})
+    train(fabric, tmp_path, resume=True, config=often, **settings)
+
+
+def test_a_training_that_diverges_is_stopped_and_keeps_the_checkpoint_of_before(fabric: Fabric, tmp_path: Path) -> None:
+    calls = iter(range(99))
+
+    def diverging(module: nn.Module, draws: StepDraws) -> Tensor:
+        return loss(module, draws) * (torch.inf if next(calls) == 6 else 1)
+
+    with pytest.raises(TrainingError, match="cdm: the weights are not finite after step 8, the training diverged"):
+        train(fabric, tmp_path, function=diverging)
+    state = torch.load(tmp_path / "cdm.checkpoint", weights_only=True)
+    assert state["step"] == 4
+    assert all(value.isfinite().all() for value in state["module"].values())
+    assert [row["step"] for row in rows(tmp_path)] == [2, 4, 6]
 
 
 @pytest.mark.parametrize("seed", [0, 2**40, 2**63 - 1, 20_251_122_093_000])
