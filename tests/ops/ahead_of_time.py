@@ -1,4 +1,4 @@
-"""Compiles a Triton kernel for architectures that this machine need not have, and tells what it takes of each.
+"""Compiles Triton kernels for architectures that this machine need not have, and tells what it takes of each.
 
 In a process of its own: there TRITON_INTERPRET, which turns kernels into Python functions, is surely absent.
 """
@@ -20,18 +20,21 @@ from typing import Any
 SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 
-def check_resources(kernel: str, types: dict[str, str], options: dict[int, dict[str, Any]]) -> None:
-    """Assert that a kernel, such as "infonce.forward_kernel", spills nowhere and finds enough shared memory.
+Job = tuple[str, dict[str, str], dict[int, dict[str, Any]]]
+"""A kernel, such as "infonce.forward_kernel"; types of the arguments that are no compile-time constants; for every
+architecture the constants, num_warps and num_stages."""
 
-    types: of the arguments that are no compile-time constants. options: for every architecture the constants, num_warps
-    and num_stages.
-    """
+
+def check_resources(*jobs: Job) -> None:
+    """Assert that kernels spill nowhere and find enough shared memory."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, json.dumps([kernel, types, options])]
+    command = [sys.executable, __file__, json.dumps(jobs)]
     output = subprocess.check_output(command, env=environment, text=True)
-    for architecture, usage in json.loads(output.splitlines()[-1]).items():
-        assert usage["STACK"] == usage["LOCAL"] == 0, f"sm_{architecture} spills: {usage}"
-        assert usage["SHARED"] <= SHARED[int(architecture)], f"sm_{architecture}: {usage}"
+    for (kernel, types, _), used in zip(jobs, json.loads(output.splitlines()[-1]), strict=True):
+        for architecture, usage in used.items():
+            what = f"{kernel}, {types}, sm_{architecture}: {usage}"
+            assert usage["STACK"] == usage["LOCAL"] == 0, f"spills: {what}"
+            assert usage["SHARED"] <= SHARED[int(architecture)], what
 
 
 def _usage(name: str, types: dict[str, str], options: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
@@ -60,4 +63,4 @@ def _usage(name: str, types: dict[str, str], options: dict[str, dict[str, Any]])
 
 
 if __name__ == "__main__":
-    print(json.dumps(_usage(*json.loads(sys.argv[1]))))
+    print(json.dumps([_usage(*job) for job in json.loads(sys.argv[1])]))

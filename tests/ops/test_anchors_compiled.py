@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
-from tests.ops.ahead_of_time import SHARED, check_resources
+from tests.ops.ahead_of_time import SHARED, Job, check_resources
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the interpreter")
@@ -19,20 +20,20 @@ TYPES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("classes", [2, 5, 31])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("kernel", ["times_kernel", "collect_kernel"])
-def test_passes_over_pixels_do_not_spill(kernel: str, weighted: bool, classes: int) -> None:
+def test_passes_over_pixels_do_not_spill(kernel: str, weighted: bool) -> None:
     from cldf_fast.kernels import anchors
 
-    options = anchors.pass_options(classes, weighted)
-    check_resources(f"anchors.{kernel}", TYPES, {architecture: dict(options) for architecture in SHARED})
+    check_resources(*(_job(kernel, anchors.pass_options(classes, weighted)) for classes in (2, 5, 31)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("per_class", [1, 512, 2048])
-def test_sorting_does_not_spill(per_class: int) -> None:
+def test_sorting_does_not_spill() -> None:
     from cldf_fast.kernels import anchors
 
-    options = anchors.order_options(5, per_class)
-    check_resources("anchors.order_kernel", TYPES, {architecture: dict(options) for architecture in SHARED})
+    check_resources(*(_job("order_kernel", anchors.order_options(5, per_class)) for per_class in (1, 512, 2048)))
+
+
+def _job(kernel: str, options: dict[str, Any]) -> Job:
+    return f"anchors.{kernel}", TYPES, {architecture: dict(options) for architecture in SHARED}

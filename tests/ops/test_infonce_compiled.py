@@ -7,16 +7,23 @@ import os
 import pytest
 import torch
 
-from tests.ops.ahead_of_time import SHARED, check_resources
+from tests.ops.ahead_of_time import SHARED, Job, check_resources
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the interpreter")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("dtype", "dim"), [("bfloat16", 128), ("bfloat16", 256), ("float16", 128), ("float32", 64), ("float32", 128)]
+DTYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+CASES = (
+    (torch.bfloat16, 128),
+    (torch.bfloat16, 256),
+    (torch.float16, 128),
+    (torch.float32, 64),
+    (torch.float32, 128),
 )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "variant"),
     [
@@ -28,20 +35,21 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
     ],
 )
 @pytest.mark.parametrize("prepared", [True, False])
-def test_no_kernel_spills(
-    kernel: str, variant: str, dtype: str, dim: int, prepared: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_kernel_spills(kernel: str, variant: str, prepared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from cldf_fast.kernels import infonce, tuning
 
-    features = "*" + {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype]
-    types = dict.fromkeys(getattr(infonce, kernel).arg_names, "*fp32") | {
-        "anchor_ptr": features, "candidate_ptr": features, "grad_ptr": features, "anchor_label_ptr": "*i64",
-        "candidate_label_ptr": "*i64", "self_ptr": "*i64", "positives_ptr": "*i64", "bounds_ptr": "*i32", "M": "i32",
-        "N": "i32", "scale": "fp32", "inverse_temperature": "fp32",
-    }  # fmt: skip
-    options = {}
-    for architecture in SHARED:
-        monkeypatch.setattr(tuning, "architecture", lambda device, number=architecture: f"sm{number}")
-        empty = torch.empty(0, dim, dtype=getattr(torch, dtype))
-        options[architecture] = infonce.options(kernel, empty, variant, True, prepared)
-    check_resources(f"infonce.{kernel}", types, options)
+    jobs: list[Job] = []
+    for dtype, dim in CASES:
+        features = DTYPES[dtype]
+        types = dict.fromkeys(getattr(infonce, kernel).arg_names, "*fp32") | {
+            "anchor_ptr": features, "candidate_ptr": features, "grad_ptr": features, "anchor_label_ptr": "*i64",
+            "candidate_label_ptr": "*i64", "self_ptr": "*i64", "positives_ptr": "*i64", "bounds_ptr": "*i32",
+            "M": "i32", "N": "i32", "scale": "fp32", "inverse_temperature": "fp32",
+        }  # fmt: skip
+        options = {}
+        for architecture in SHARED:
+            monkeypatch.setattr(tuning, "architecture", lambda device, number=architecture: f"sm{number}")
+            empty = torch.empty(0, dim, dtype=dtype)
+            options[architecture] = infonce.options(kernel, empty, variant, True, prepared)
+        jobs.append((f"infonce.{kernel}", types, options))
+    check_resources(*jobs)
