@@ -3,7 +3,9 @@
     python -m benchmarks anchors
     python -m benchmarks gpu anchors    # on a CUDA device
 
-All rivals draw the same numbers of pixels from the same label maps; none reads features.
+All rivals draw the same numbers of pixels from the same label maps; none reads features. `contrastive_seg` prefers
+hard pixels, half of what it draws; `cpu_hard` prefers them by weights, which are made in its time; the others draw
+uniformly.
 """
 
 from __future__ import annotations

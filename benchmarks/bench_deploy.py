@@ -50,7 +50,7 @@ RIVALS = {
     "labels": ("onnx", "float16", *IN_PYTORCH),
     "end2end": ("onnx", "float16", "segment", "eager"),
 }
-FEW = 32  # slices; of more there are no rows but ours and the one that it is compared with
+FEW = 32  # slices; of more there are no rows but ours and those that it is compared with
 NATIVE = 128  # pixels of a slice in the file
 
 
@@ -179,14 +179,14 @@ def work(problem: Problem) -> Work | None:
 
 BENCHMARK = Benchmark(
     ours="onnx",
-    rivals=lambda problem: RIVALS[problem["part"]] if problem["slices"] <= FEW else ("onnx", "eager"),
+    rivals=lambda problem: RIVALS[problem["part"]] if problem["slices"] <= FEW else ("onnx", "segment", "eager"),
     case=case,
     check=check,
     problems=PROBLEMS,
     quick=(),
     small=lambda problem: {"part": problem["part"], "slices": 2},
     headlines=PROBLEMS[1:],
-    variants=("float16", "segment"),
+    variants=("float16",),
     slow=frozenset({"onnx", "float16", "eager", "compile"}),  # the export
     work=work,
 )

@@ -46,7 +46,7 @@ PROBLEMS: tuple[Problem, ...] = tuple(
 )
 RIVALS = {
     "inference": ("ours", "public", "truncated", "stacked", "reading", "bfloat16"),
-    "training": ("ours", "public", "reading"),
+    "training": ("ours", "public", "reading", "held"),
 }
 # How far from the float32 result a rival may be, relative to its norm: rounding alone, or that of what it stores.
 TOLERANCE = {("training", "ours"): 2e-3, ("inference", "bfloat16"): 5e-2}
@@ -175,7 +175,11 @@ def infer(setting: Setting, features: DiffusionFeatures) -> tuple[Tensor, ...]:
 
 
 def train_public(setting: Setting) -> tuple[Tensor, ...]:
-    features = level_after_level(setting, whole_unet).flatten(2)
+    return train_on_full_size(setting, level_after_level(setting, whole_unet))
+
+
+def train_on_full_size(setting: Setting, features: Tensor) -> tuple[Tensor, ...]:
+    features = features.flatten(2)
     rows = features.gather(2, setting.anchors.unsqueeze(1).expand(-1, features.shape[1], -1)).transpose(1, 2)
     embeddings = mlp(setting.decoder, rows.flatten(0, 1))
     # The matrix of all pairs, as in the public losses; PixelInfoNCE's own value is compared with it.
@@ -215,6 +219,8 @@ def case(
             return partial(infer, setting, setting.features)
         case "training", "public":
             return partial(train_public, setting)
+        case "training", "held":
+            return partial(train_on_full_size, setting, level_after_level(setting, whole_unet))
         case "training", "reading":
             return partial(train_reading, setting)
         case "training", "ours":
