@@ -88,8 +88,9 @@ def compare(
     present = label_probability >= cldf.label_threshold
     evidence = cldf.evidence(data.images, (labels | present).any(dim=1))
     predicted = cldf.segment(data.images, present, evidence)
-    # Without a condition the labels only rule classes out, and the probabilities are the same.
-    given = predicted if cldf.config.features.condition == "null" else cldf.segment(data.images, labels, evidence)
+    # Without a condition, and without evidence, which images have that show a class, labels only rule classes out.
+    alike = cldf.config.features.condition == "null" and not cldf.config.segmentation.evidence_weight
+    given = predicted if alike else cldf.segment(data.images, labels, evidence)
     own = score(native_masks(predicted.probability, predicted.present, data), predicted.present, data)
     methods = {
         "cldf": own.summary(),

@@ -118,7 +118,9 @@ def test_a_target_is_of_a_problem_that_is_measured(target: Any) -> None:
 
 
 def test_targets_compare_rows_of_their_problem() -> None:
-    target = next(target for target in TARGETS if target.what.startswith("sample_anchors, uniform: time of contrastive"))
+    target = next(
+        target for target in TARGETS if target.what.startswith("sample_anchors, uniform: time of contrastive")
+    )
     rows = [
         {"rival": rival, "problem": dict(target.problem), "median_ms": time, "iqr_ms": 0}
         for rival, time in (("cpu", 2.0), ("contrastive_seg", 39.0))

@@ -240,6 +240,7 @@ def test_evidence_of_the_image_itself_shifts_the_decision(tiny_cldf: CLDF) -> No
     found = weighed.probability[:, 1:] / weighed.probability[:, :1]
     torch.testing.assert_close(found[shown], expected[shown], rtol=1e-3, atol=1e-5)
     assert not weighed.mask[~shown].any()
+    torch.testing.assert_close(weighed.probability[~shown], plain.probability[~shown])
     assert not weighed.mask.equal(plain.mask)
     torch.testing.assert_close(
         weighing(0.7).segment(x, labels, evidence).probability[shown], weighed.probability[shown]
