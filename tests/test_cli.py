@@ -268,8 +268,13 @@ def test_overrides_keep_their_types() -> None:
         "data": {"size": 32, "dataset": "lgg"},
         "features": {"downsample": [4, 2], "prediction": False},
     }
-    with pytest.raises(ConfigError, match="expected key=value"):
-        parse_overrides(["data.size"])
+    for wrong, message in (
+        (["data.size"], "expected key=value"),
+        (["data.options.window=[1,2"], r"expected data.options.window= and a value in YAML, got '\[1,2'"),
+        (["cdm=3", "cdm.network.model_channels=8"], "expected cdm.network.model_channels or cdm as a whole, got both"),
+    ):
+        with pytest.raises(ConfigError, match=f"--set: {message}"):
+            parse_overrides(wrong)
 
 
 def test_a_window_is_two_numbers() -> None:

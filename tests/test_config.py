@@ -31,6 +31,13 @@ def test_the_defaults_build_a_whole_that_fits_together() -> None:
         ({"cdm": {"optimisation": {"steps": 0}}}, r"cdm\.optimisation\.steps: .*greater than 0, got 0"),
         ({"cdm": {"optimisation": {"learning_rate": float("nan")}}}, r"cdm\.optimisation\.learning_rate: "),
         ({"cdm": {"network": {"channel_mult": []}}}, r"cdm\.network\.channel_mult: "),
+        ({"cdm": {"network": {"channel_mult": [-1, 2]}}}, r"cdm\.network\.channel_mult\.0: .*greater than 0, got -1"),
+        ({"evidence": {"percentile": 0}}, r"evidence\.percentile: .*greater than 0, got 0"),
+        ({"diffusion": {"level_unit": "alpha_bar"}}, r"evidence\.noise_levels: expected alpha-bars above 0 with"),
+        (
+            {"diffusion": {"level_unit": "alpha_bar"}, "evidence": {"noise_levels": [0.9]}},
+            r"features\.noise_levels: expected alpha-bars above 0 with diffusion.level_unit alpha_bar .*got \(0.01,\)",
+        ),
         ({"features": {"noise_levels": [0.1, 1.2]}}, r"features\.noise_levels\.1: .*got 1\.2"),
         ({"features": {"noise_levels": []}}, r"features\.noise_levels: "),
         ({"decoder": {"variant": "triplet"}}, r"decoder\.variant: .*got 'triplet'"),

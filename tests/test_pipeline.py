@@ -138,6 +138,13 @@ def test_an_image_with_other_pixels_is_named(tiny_cldf: CLDF, value: float, mess
             method(x)
 
 
+def test_images_of_another_size_or_dtype_are_named(tiny_cldf: CLDF) -> None:
+    for x, found in ((torch.zeros(2, 2, 32, 32), r"float32 \[2, 2, 32, 32\]"), (images(2).double(), "float64")):
+        for method in (tiny_cldf.evidence, tiny_cldf.label_probability, tiny_cldf.segment):
+            with pytest.raises(DataError, match=rf"images: expected float32 \[N, 2, 16, 16\], got {found}"):
+                method(x)
+
+
 def test_pixels_at_the_ends_of_the_range_are_taken(tiny_cldf: CLDF) -> None:
     x = images(2).sign() * 1.0001  # resized by others
     assert tiny_cldf.segment(x).probability.isfinite().all()

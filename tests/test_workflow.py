@@ -144,6 +144,32 @@ def test_what_does_not_fit_the_run_is_refused_and_nothing_written(
     assert not (trained / "other" / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"classifier": {"network": {"model_channels": 20}}}, "num_head_channels: 32 does not divide"),
+        (
+            {"evidence": {"noise_levels": [0.0, 0.4]}},
+            "evidence.noise_levels: expected at most classifier.max_noise, 0.25",
+        ),
+    ],
+)
+def test_what_a_later_network_would_be_refused_for_is_said_first(
+    once: Path, tmp_path: Path, change: dict[str, Any], sentence: str
+) -> None:
+    config = load_config(once / "tiny.yaml", change)
+    with pytest.raises(ConfigError, match=sentence):
+        workflow.train(config, ("cdm", "classifier"), data=once / "images", out=tmp_path, resume=False, quiet=True)
+    assert not any(tmp_path.iterdir())
+
+
+def test_classes_of_one_side_are_not_mirrored(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "images", PATIENTS, classes="left kidney")
+    config = Config.model_validate({"data": {"dataset": "labelled", "size": 32}})
+    with pytest.raises(ConfigError, match=r"data.mirror: expected false where classes are of one side \(left kidney\)"):
+        workflow.train(config, ("cdm",), data=data, out=tmp_path / "run", resume=False, quiet=True)
+
+
 def test_scoring_all_trains_on_the_run_s_own_part(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, seen = Run(trained / "run"), []
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cldf_fast.errors import ConfigError, DataError
 from cldf_fast.ops import _dispatch, _native, _saliency_native, reference
-from cldf_fast.ops._arguments import check_choice, check_number, check_tensor, describe, seed_per_image
+from cldf_fast.ops._arguments import check_choice, check_number, check_tensor, constant, describe, seed_per_image
 
 Reduce = Literal["max_abs", "sum_abs", "l2"]
 
@@ -36,7 +36,7 @@ def pixel_seed(x: Tensor, *, impl: str = "auto") -> Tensor:
         BackendError: the backend that was asked for can't serve.
     """
     check_tensor("x", x, "floating", ("B", "C", "H", "W"))
-    return _pixel_seed(x.detach(), impl)
+    return _pixel_seed(constant(x), impl)
 
 
 _pixel_seed = _dispatch.operator(
@@ -66,7 +66,7 @@ def noised_batch(x: Tensor, alpha_bar: Tensor, seed: int | Tensor, *, impl: str 
     """
     check_tensor("x", x, "floating", ("B", "C", "H", "W"))
     check_tensor("alpha_bar", alpha_bar, "floating", ("T",), x)
-    return _noised_batch(x, alpha_bar.detach(), seed_per_image(seed, x, x.shape[0]), impl)
+    return _noised_batch(x, constant(alpha_bar), seed_per_image(seed, x, x.shape[0]), impl)
 
 
 def _empty_noised(x: Tensor, alpha_bar: Tensor, *_: Any) -> Tensor:
@@ -134,7 +134,7 @@ def gradient_saliency(
     check_choice("reduce", reduce, ("max_abs", "sum_abs", "l2"))
     check_number("percentile", percentile, "a number in (0, 1]", lambda value: 0 < value <= 1)
     check_number("sigma", sigma, "a finite number of pixels, 0 or more", lambda value: 0 <= value < math.inf)
-    return _gradient_saliency(grad.detach(), reduce, percentile, sigma, level_norm, impl)
+    return _gradient_saliency(constant(grad), reduce, percentile, sigma, level_norm, impl)
 
 
 def _empty_maps(grad: Tensor, *_: Any) -> Tensor:
@@ -190,7 +190,7 @@ def fuse_evidence(
             "thresholds: expected four finite numbers (foreground_gradient, foreground_cam, background_gradient, "
             f"background_cam), got {thresholds}"
         )
-    return _fuse_evidence(gradient_map.detach(), cam.detach(), image_label, list(thresholds), impl)
+    return _fuse_evidence(constant(gradient_map), constant(cam), image_label, list(thresholds), impl)
 
 
 def _empty_labels(gradient_map: Tensor, *_: Any) -> Tensor:

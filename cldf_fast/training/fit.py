@@ -154,12 +154,12 @@ def fit_decoder(cldf: CLDF, trainer: Trainer, labels: Tensor) -> tuple[PixelDeco
         fabric=trainer.fabric,
         quiet=trainer.quiet,
     )
-    _check_classes(bank, trainer.record.class_names)
+    check_classes(bank, trainer.record.class_names)
     decoder, prototypes = fit_on_anchors(trainer, cldf.features.channels, bank, decoder_loss(bank, config.decoder))
     return decoder, prototypes, label_thresholds(cldf, trainer.val)
 
 
-def _check_classes(bank: AnchorBank, class_names: Sequence[str]) -> None:
+def check_classes(bank: AnchorBank, class_names: Sequence[str]) -> None:
     """Raise DataError without background to learn from, and warn of classes without pixels, which are never found."""
     found = bank.labels.flatten().clamp_min(-1).add(1).bincount(minlength=len(class_names) + 2)[1:].tolist()
     if not found[0]:

@@ -263,6 +263,19 @@ def test_without_any_foreground_there_is_nothing_to_learn(tiny_cldf: CLDF, tiny_
         read(tiny_cldf, tiny_slices(4), torch.zeros(4, 16, 16, dtype=torch.int8), fabric)
 
 
+def test_classes_without_pixels_are_told_of(recwarn: pytest.WarningsRecorder) -> None:
+    def bank(*labels: int) -> AnchorBank:
+        rows = torch.tensor([labels])
+        return AnchorBank(torch.zeros(1, len(labels), 2), rows, torch.ones(rows.shape), (rows > 0).any(dim=1))
+
+    fitting.check_classes(bank(0, 1, 2, -1), ("liver", "spleen"))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="none of any training image is of spleen, which will be segmented nowhere"):
+        fitting.check_classes(bank(0, 1, -1), ("liver", "spleen"))
+    with pytest.raises(DataError, match="expected some background to learn from, found none"):
+        fitting.check_classes(bank(1, 2, -1), ("liver", "spleen"))
+
+
 # --- Thresholds -------------------------------------------------------------------------------------------------------
 
 
