@@ -108,7 +108,8 @@ def _anchors() -> list[Target]:
         for rival in ("contrastive_seg", "multinomial")
     ]
     what = "sample_anchors, hard pixels preferred as there: time of contrastive_seg"
-    return [*uniform, Target(4, what, "anchors-cpu", problem, faster_than("contrastive_seg", than="cpu_hard"))]
+    alike = faster_than("contrastive_seg", than="cpu_hard")
+    return [*uniform, Target(4, what, "anchors-cpu", problem, alike, at_least=20)]
 
 
 def _saliency() -> list[Target]:
