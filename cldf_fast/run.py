@@ -110,7 +110,8 @@ class Run:
         try:
             content = json.loads((self.path / "dataset.json").read_text(encoding="utf-8"))
             names = tuple(content["class_names"]), tuple(content["channel_names"])
-            window = content.get("window")
+            # Runs of before this was recorded have what was asked for.
+            window = content.get("window") if "window" in content else _asked_window(self.config())
             acquisition = Acquisition.from_json(content.get("acquisition"))
             return DatasetRecord(*names, acquisition, None if window is None else checked_window(window))
         except (OSError, ValueError, KeyError, TypeError, DataError) as error:
@@ -120,10 +121,33 @@ class Run:
         """Whether a network ("cdm", "classifier", "decoder") is trained."""
         return (self.path / f"{network}.safetensors").exists()
 
+    def has_begun(self, network: str) -> bool:
+        """Whether there is a checkpoint of its training."""
+        return (self.path / f"{network}.checkpoint").exists()
+
     def save_network(self, name: str, module: nn.Module) -> None:
-        """Write the weights of a "cdm" or "classifier", with the settings of config.yaml that they are bound to."""
+        """Write the weights of a "cdm" or "classifier", with the settings of config.yaml that they are bound to.
+
+        A file that holds these weights stays as it is: others know it by its bytes.
+        """
+        if self._holds(name, module):
+            return
         with self._replacing(name):
             self._write(f"{name}.safetensors", module.state_dict(), _bound(self.config(), name))
+
+    def check_settings(self, name: str, config: Config) -> None:
+        """Raise CheckpointError where a network was trained with other settings than a configuration's."""
+        path = self.path / f"{name}.safetensors"
+        if (other := _other_setting(path, config, name)) is not None:
+            raise CheckpointError(f"{path}: does not fit config.yaml: {other}; set it back, or train the {name} again")
+
+    def _holds(self, name: str, module: nn.Module) -> bool:
+        try:
+            here = load_file(self.path / f"{name}.safetensors")
+        except (OSError, SafetensorError):
+            return False
+        there = module.state_dict()
+        return here.keys() == there.keys() and all(here[key].equal(there[key].cpu()) for key in here)
 
     def adopt(self, name: str, loaded: Loaded) -> None:
         """Put a converted network in the place of a trained "cdm" or "classifier"."""
@@ -284,14 +308,14 @@ class Run:
 
     def _load_into(self, name: str, module: nn.Module, config: Config) -> None:
         weights = self._read(f"{name}.safetensors")
-        path = self.path / f"{name}.safetensors"
-        if (other := _other_setting(path, config, name)) is not None:
-            raise CheckpointError(f"{path}: does not fit config.yaml: {other}; set it back, or train the {name} again")
+        self.check_settings(name, config)
         try:
             module.load_state_dict(weights)
         except RuntimeError as error:
             first = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
-            raise CheckpointError(f"{path}: does not fit the network of config.yaml ({first})") from error
+            raise CheckpointError(
+                f"{self.path / name}.safetensors: does not fit the network of config.yaml ({first})"
+            ) from error
 
 
 def _bound(config: Config, name: str) -> dict[str, str]:
@@ -317,6 +341,15 @@ def _other_setting(path: Path, config: Config, name: str) -> str | None:
         if here.get(key, value) != value:
             return f"trained with {key} {value}, which is {here[key]} now"
     return None
+
+
+def _asked_window(config: Config) -> Any:
+    """The window that a data set was opened with, as far as a configuration tells."""
+    if config.data.dataset == "chaos" and config.data.options.get("modality") == "ct":
+        from cldf_fast.data.chaos import CT_WINDOW
+
+        return config.data.options.get("window") or CT_WINDOW
+    return config.data.options.get("window")
 
 
 def _metadata(path: Path) -> dict[str, str]:

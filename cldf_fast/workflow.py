@@ -53,12 +53,15 @@ def make_fabric(config: Config, devices: str = "auto") -> Fabric:
     return fabric
 
 
-def open_parts(config: Config, data: Path | None, run: Run | None = None) -> dict[str, SliceDataset]:
+def open_parts(
+    config: Config, data: Path | None, run: Run | None = None, *, quiet: bool = True
+) -> dict[str, SliceDataset]:
     """The data set of a configuration, by part of the split.
 
     run: whose split is binding where it knows any of the patients: the folder may have been added to, or be a part of
-    what was trained on, and patients never change sides. Those that it doesn't know are left out.
-    Raises SplitError where the folder has a split of its own that differs in a patient.
+    what was trained on, and patients never change sides. Those that it doesn't know are left out, and parts without
+    patients; quiet: without saying so. Raises SplitError where the folder has a split of its own that differs in a
+    patient.
     """
     name, options = config.data.dataset, config.data.options
     if name == "phantom":  # whose patients follow from the configuration
@@ -66,14 +69,34 @@ def open_parts(config: Config, data: Path | None, run: Run | None = None) -> dic
     if run is not None and run.split_file.exists():
         dataset = open_dataset(name, data, **options)
         if split := _split_of(run, dataset.subjects, data):
+            given, found = sum(map(len, read_split(run.split_file).values())), sum(map(len, split.values()))
+            for count, what in (
+                (len(dataset.subjects) - found, f"patients of {data} are not in {run.split_file} and are left out"),
+                (given - found, f"patients of {run.split_file} are not in {data}"),
+            ):
+                if count and not quiet:
+                    print(f"split: {count} {what}", file=sys.stderr)
             return split_dataset(dataset, split, source=run.split_file)
     return open_split(name, data, **options)
 
 
+def check_parts(parts: Mapping[str, SliceDataset], needed: Sequence[str], data: Path | None) -> None:
+    """Raise SplitError where a part has no patients at hand."""
+    for name in needed:
+        if name not in parts:
+            raise SplitError(
+                f"{data or 'the data set'}: holds no patient of the part {name}, only of {', '.join(parts)}; give the "
+                "folder that the run was trained on"
+            )
+
+
 def _split_of(run: Run, patients: Sequence[str], data: Path | None) -> Split:
     """The run's split of these patients, without those that it doesn't know; {} if it knows none: other data."""
-    kept, known = read_split(run.split_file), set(patients)
-    split = {name: tuple(patient for patient in part if patient in known) for name, part in kept.items()}
+    known = set(patients)
+    split = {
+        name: tuple(patient for patient in part if patient in known)
+        for name, part in read_split(run.split_file).items()
+    }
     part_of = {patient: name for name, part in split.items() for patient in part}
     own = None if data is None else find_split(data)
     if part_of and own is not None:
@@ -84,14 +107,16 @@ def _split_of(run: Run, patients: Sequence[str], data: Path | None) -> Split:
                         f"{own}: patient {patient!r} is in {name!r}, but in {part_of[patient]!r} of {run.split_file}, "
                         "with which networks of the run were trained; train all of them again, or undo this"
                     )
-    absent = sum(map(len, kept.values())) - len(part_of)
-    for count, what in (
-        (len(known) - len(part_of), f"patients of {data} are not in {run.split_file} and are left out"),
-        (absent, f"patients of {run.split_file} are not in {data}"),
-    ):
-        if count and part_of:
-            print(f"split: {count} {what}", file=sys.stderr)
     return {name: part for name, part in split.items() if part}
+
+
+def _joined_split(run: Run, parts: Mapping[str, SliceDataset]) -> dict[str, list[str]]:
+    """The run's split with the patients that it didn't know."""
+    kept = {name: list(part) for name, part in read_split(run.split_file).items()}
+    known = {patient for part in kept.values() for patient in part}
+    for name, part in parts.items():
+        kept.setdefault(name, []).extend(patient for patient in part.subjects if patient not in known)
+    return kept
 
 
 def train(
@@ -116,9 +141,10 @@ def train(
     for needed in ("cdm", "classifier"):
         if "decoder" in networks and needed not in replaced and not run.has(needed):
             raise CheckpointError(f"{out}: the decoder needs a trained {needed}; run `train {needed}` first")
-    continued = resume or any(run.has(name) for name in NETWORKS if name not in replaced)
-    parts = open_parts(config, data, run if continued else None)
-    _check_parts(parts, ("train", "val"))
+    kept = [name for name in NETWORKS if name not in replaced and (run.has(name) or run.has_begun(name))]
+    continued = run.split_file.exists() and (resume or bool(kept))
+    parts = open_parts(config, data, run if continued else None, quiet=quiet or not fabric.is_global_zero)
+    check_parts(parts, ("train", "val"), data)
     record = DatasetRecord(parts["train"].class_names, parts["train"].channel_names, window=parts["train"].window)
     sided = [name for name in record.class_names if {"left", "right"} & set(re.split(r"[\W_]+", name.lower()))]
     if sided and config.data.mirror:
@@ -129,6 +155,9 @@ def train(
     if (out / "config.yaml").exists() and run.record() != record:
         raise ConfigError(f"{out}: holds a run on other classes or channels; choose another --out")
     _check_networks(config, networks, record)
+    for name in ("cdm", "classifier"):
+        if name in kept and run.has(name):
+            run.check_settings(name, config)
     notes = [_adoption(config, name, loaded, record) for name, loaded in (converted or {}).items()]
     if fabric.is_global_zero and not quiet:
         patients = len(parts["train"].subjects)
@@ -142,7 +171,8 @@ def train(
         run.create(config, record)
         for name, loaded in (converted or {}).items():
             run.adopt(name, loaded)
-        write_split({name: part.subjects for name, part in parts.items()}, run.split_file)
+        split = {name: part.subjects for name, part in parts.items()}
+        write_split(_joined_split(run, parts) if continued else split, run.split_file)
     fabric.barrier()
     Trainer(config, run, fabric, train_data, val_data, record, resume, quiet).fit(networks)
     if fabric.is_global_zero:
@@ -193,7 +223,9 @@ def evaluate(
     if fabric.world_size > 1:
         raise ConfigError(f"evaluate: works in one process, got {fabric.world_size}")
     if packed is None:
-        packed = _packed(config, run, data, split, trains=bool(baselines) or upper_bound or decoder_seeds > 1)
+        packed = _packed(
+            config, run, data, split, trains=bool(baselines) or upper_bound or decoder_seeds > 1, quiet=quiet
+        )
     parts = packed
 
     def trainer(folder: str, further: int) -> Trainer:
@@ -311,27 +343,29 @@ def _adoption(config: Config, name: str, loaded: Loaded, record: DatasetRecord) 
     return f"{line}; {'sigmoid' if description.multi_label else 'softmax'} over {loaded.network.num_classes} logits"
 
 
-def _packed(config: Config, run: Run, data: Path | None, split: str, *, trains: bool) -> dict[str, PackedSlices]:
+def _packed(
+    config: Config, run: Run, data: Path | None, split: str, *, trains: bool, quiet: bool
+) -> dict[str, PackedSlices]:
     """The part that is scored and, where something is trained or chosen for it, the run's own parts train and val."""
-    parts = open_parts(config, data, run)
+    wanted = {split} | ({"train", "val"} if trains else set())
+    parts = open_parts(config, data, run, quiet=quiet) if wanted != {"all"} or config.data.dataset == "phantom" else {}
     if trains:
-        _check_parts(parts, ("train", "val"))
+        check_parts(parts, ("train", "val"), data)
         if run.split_file.exists() and not set(parts["train"].subjects) <= set(read_split(run.split_file)["train"]):
             raise ConfigError(
                 f"data: decoders of further seeds, baselines and the upper bound are trained on what the run was, and "
                 f"{data} holds other patients; evaluate the run's decoder alone there"
             )
-    if split == "all" and config.data.dataset != "phantom":
+    if config.data.dataset == "phantom":
+        whole = next(iter(parts.values()))
+        parts["all"] = whole.subset([ref for part in parts.values() for ref in part.refs])
+    elif split == "all":
         parts["all"] = open_dataset(config.data.dataset, data, **config.data.options)
-    _check_parts(parts, (split,))
+    if split not in parts:
+        named = ", ".join(name for name in parts if name != "all")
+        raise ConfigError(f"split: expected one of {named} or all, got {split!r}")
     _check_record(parts[split], run.record(), data)
-    return {name: pack(parts[name], config.data.size) for name in {split} | ({"train", "val"} if trains else set())}
-
-
-def _check_parts(parts: Mapping[str, SliceDataset], needed: Sequence[str]) -> None:
-    for name in needed:
-        if name not in parts:
-            raise ConfigError(f"split: expected one of {', '.join(parts)} or all, got {name!r}")
+    return {name: pack(parts[name], config.data.size) for name in wanted}
 
 
 def _check_record(found: SliceDataset, record: DatasetRecord, data: Path | None) -> None:

@@ -93,6 +93,7 @@ def tune(
 
     before = json.loads(file.read_text(encoding="utf-8"))["tiles"] if file.is_file() else {}
     table: dict[str, Any] = before.get("infonce", {})
+    done: list[str] = []
     for dtype, dim in itertools.product((torch.bfloat16, torch.float32), dims):
         features = [torch.nn.functional.normalize(torch.randn(size, dim, device=device)).to(dtype) for _ in range(2)]
         labels = [torch.randint(0, 4, (size,), device=device) for _ in range(2)]
@@ -112,7 +113,8 @@ def tune(
             best = min(times, key=lambda shape: times[shape])
             table.setdefault(kernel, {}).setdefault(_kind(dtype), {})[str(dim)] = best
             print(f"{kernel}, {dtype}, D={dim}: {best}, {times[best]:.3f} ms", flush=True)
-            measured = {"device": _device_name(device), "torch": torch.__version__, "size": size}
+            done.append(f"{kernel}, {_kind(dtype)}, {dim}")
+            measured = {"device": _device_name(device), "torch": torch.__version__, "size": size, "tiles": done}
             record = {"measured": measured, "tiles": before | {"infonce": table}}
             file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cldf_fast.config import make_config
+from cldf_fast.config import make_config, save_config
 from cldf_fast.data.acquisition import Acquisition
 from cldf_fast.errors import CheckpointError
 from cldf_fast.pipeline import CLDF
@@ -213,6 +213,11 @@ def test_a_record_holds_the_window_of_training(tiny_cldf: CLDF, tmp_path: Path) 
     del content["window"]
     file.write_text(json.dumps(content), encoding="utf-8")
     assert run.record().window is None
+    # As runs of before, which have what was asked for.
+    for options, window in (({"window": [-20, 80]}, (-20.0, 80.0)), ({"modality": "ct"}, (-150.0, 250.0))):
+        data = {"dataset": "chaos", "size": 16, "options": options}
+        save_config(make_config(tiny_cldf.config.model_dump() | {"data": data}), run.path / "config.yaml")
+        assert run.record().window == window
 
 
 def test_decoders_of_further_seeds_are_kept_apart(tiny_cldf: CLDF, run: Run) -> None:

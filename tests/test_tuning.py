@@ -87,3 +87,5 @@ def test_the_tuner_writes_the_fastest(tmp_path: Path) -> None:
     expected["forward_kernel"]["half"]["64"] = [64, 32, 4, 2]  # what was there of others
     assert record["tiles"] == {"infonce": expected}
     assert record["measured"]["device"] == "cpu"
+    assert len(record["measured"]["tiles"]) == 8
+    assert "forward_kernel, half, 16" in record["measured"]["tiles"]

@@ -12,13 +12,14 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from cldf_fast import workflow
 from cldf_fast.config import Config, load_config
 from cldf_fast.data.splits import read_split, write_split
 from cldf_fast.errors import CheckpointError, CLDFError, ConfigError, DataError, SplitError
 from cldf_fast.inference import read_case, segment_case
-from cldf_fast.run import Run
+from cldf_fast.run import DatasetRecord, Run
 from tests.test_cli import _TINY
 
 PATIENTS = [f"p{number:02d}" for number in range(20)]
@@ -76,7 +77,7 @@ def test_patients_stay_in_their_part(trained: Path, capsys: pytest.CaptureFixtur
 
 
 def read_parts(run: Run, data: Path) -> dict[str, Any]:
-    return workflow.open_parts(run.config(), data, run)
+    return workflow.open_parts(run.config(), data, run, quiet=False)
 
 
 def test_a_folder_whose_split_contradicts_the_run_s_is_refused(trained: Path) -> None:
@@ -95,6 +96,64 @@ def test_a_folder_whose_split_contradicts_the_run_s_is_refused(trained: Path) ->
     networks = ("cdm", "classifier", "decoder")
     workflow.train(config, networks, data=images, out=run.path, resume=False, quiet=True)
     assert moved in read_split(run.split_file)["train"]
+
+
+def test_training_on_some_of_the_patients_leaves_the_others_where_they_were(trained: Path) -> None:
+    run = Run(trained / "run")
+    before = read_split(run.split_file)
+    some = [*before["train"][:5], *before["val"], "new"]
+    data = write_images(trained / "some", sorted(some))
+    workflow.train(run.config(), ("decoder",), data=data, out=run.path, resume=False, quiet=True)
+    assert read_split(run.split_file) == before
+    shutil.rmtree(run.path / "decoder-seed-1", ignore_errors=True)
+    # A network that was only begun counts as well.
+    for name in ("cdm", "classifier", "decoder", "prototypes"):
+        (run.path / f"{name}.safetensors").unlink()
+    data = write_images(trained / "more", ["a00", *PATIENTS])
+    workflow.train(run.config(), ("classifier",), data=data, out=run.path, resume=False, quiet=True)
+    assert read_split(run.split_file) == before
+
+
+def test_resuming_what_is_finished_changes_no_byte(trained: Path) -> None:
+    run = Run(trained / "run")
+    for name in ("cdm", "classifier"):  # as runs of before settings were recorded
+        save_file(load_file(run.path / f"{name}.safetensors"), run.path / f"{name}.safetensors")
+    cldf = run.load(decoder=False)
+    digests = run.network_digests()
+    workflow.train(run.config(), ("cdm", "classifier"), data=trained / "images", out=run.path, resume=True, quiet=True)
+    assert run.network_digests() == digests
+    assert cldf.decoder is None
+
+
+def test_what_kept_networks_are_bound_to_is_checked_before_anything_is_written(trained: Path) -> None:
+    run = Run(trained / "run")
+    before = {path: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
+    config = load_config(run.path / "config.yaml", {"diffusion": {"schedule": "cosine"}})
+    for networks in (("cdm",), ("decoder",)):
+        with pytest.raises(CheckpointError, match=r"trained with diffusion.schedule linear, which is cosine now"):
+            workflow.train(config, networks, data=trained / "images", out=run.path, resume=False, quiet=True)
+    assert {path: path.read_bytes() for path in run.path.iterdir() if path.is_file()} == before
+
+
+def test_all_of_a_data_set_is_scored_without_its_parts(tmp_path: Path, trained: Path) -> None:
+    run = Run(trained / "run")
+    two = write_images(tmp_path / "two", ["x", "y"])
+    packed = workflow._packed(run.config(), run, two, "all", trains=False, quiet=True)
+    assert (list(packed), packed["all"].subjects) == (["all"], ["x", "y"])
+    phantom = Config.model_validate({"data": {"size": 32}})
+    parts = workflow.open_parts(phantom, None)
+    record = DatasetRecord(parts["train"].class_names, parts["train"].channel_names)
+    other = Run(tmp_path / "phantom")
+    other.create(phantom, record)
+    whole = workflow._packed(phantom, other, None, "all", trains=False, quiet=True)["all"]
+    assert set(whole.subjects) == {name for part in parts.values() for name in part.subjects}
+
+
+def test_a_folder_without_a_part_that_is_needed_is_named(trained: Path) -> None:
+    run = Run(trained / "run")
+    data = write_images(trained / "test", sorted(read_split(run.split_file)["test"]))
+    with pytest.raises(SplitError, match="test: holds no patient of the part train, only of test; give the folder"):
+        workflow.train(run.config(), ("decoder",), data=data, out=run.path, resume=False, quiet=True)
 
 
 def evaluated(run: Run, data: Path, **options: Any) -> None:
@@ -232,6 +291,7 @@ def test_one_process_unless_torchrun_says_otherwise(trained: Path, monkeypatch: 
 
     monkeypatch.setattr(workflow, "Fabric", Recorder)
     config = Run(trained / "run").config()
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     workflow.make_fabric(config)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     workflow.make_fabric(config)

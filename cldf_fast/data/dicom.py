@@ -372,7 +372,7 @@ def _pixels(path: Path, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
             dataset = pydicom.dcmread(path)
             pixels = np.asarray(apply_modality_lut(dataset.pixel_array, dataset), dtype=np.float32)
             # Which says how to show them: what has a unit is what it is, and of the rest, more is to be brighter.
-            if dataset.PhotometricInterpretation == "MONOCHROME1" and dataset.Modality not in _IN_UNITS:
+            if dataset.PhotometricInterpretation == "MONOCHROME1" and dataset.get("Modality") not in _IN_UNITS:
                 levels, signed = 1 << dataset.BitsStored, dataset.PixelRepresentation
                 ends = np.array([-levels // 2, levels // 2 - 1] if signed else [0, levels - 1])
                 pixels = np.asarray(apply_modality_lut(ends, dataset), dtype=np.float32).sum() - pixels

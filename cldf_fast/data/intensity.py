@@ -19,10 +19,10 @@ _ROUNDING = 1e-3  # past the range, by which images that others prepared may mis
 # Tissue is what is brighter than this share of a robust maximum: air and most noise fall below it.
 _TISSUE_FLOOR = 0.1
 # Splines and padding leave a few values far below air, the lowest thing that a scanner measures: at most so many, by
-# more than this share of the range.
-_STRAYS, _STRAY_DISTANCE = 0.001, 0.02
-# No value of tissue fills so much of a study: air does, which is not the lowest value where images were standardised.
-_MOST_OF_ONE_VALUE = 0.25
+# more than this share of the range, and by so many times what the next ten times as many differ by, as no tail does.
+_STRAYS, _STRAY_DISTANCE, _STRAY_TIMES = 0.001, 0.02, 5
+# Air of standardised images is one value with tissue on either side: so much of the study, so much of the rest.
+_AIR_SHARE, _SIDE_SHARE = 0.4, 0.1
 # Tissue's median is mapped here, and each robust standard deviation (1.4826 times the median absolute deviation) above
 # it adds this much, so that "brighter than normal tissue" means the same in every study. An upper quantile as second
 # anchor was tried and squeezed the brain of heads that are not skull-stripped: fat and scalp decide such a quantile.
@@ -89,15 +89,16 @@ def _normalise_channel(channel: Floats) -> Floats:
     floor = channel.min()
     robust_top = _quantile(values, 0.999)
     robust_floor = _quantile(values, _STRAYS)
-    if robust_floor - floor > np.float32(_STRAY_DISTANCE) * (robust_top - robust_floor):
+    tail = _quantile(values, 10 * _STRAYS) - robust_floor
+    if robust_floor - floor > max(_STRAY_DISTANCE * (robust_top - robust_floor), _STRAY_TIMES * tail):
         floor = robust_floor
     tissue = values[values > floor + np.float32(_TISSUE_FLOOR) * (robust_top - floor)]
     if tissue.size < 2:
         return np.full_like(channel, low)
     median = _lower_median(tissue)
-    filling = tissue == median  # a value that fills most of the study is the median of what is brighter than its floor
-    if filling.sum() > _MOST_OF_ONE_VALUE * values.size and not filling.all():
-        tissue = tissue[~filling]
+    below, above = (tissue < median).sum(), (tissue > median).sum()
+    if tissue.size - below - above > _AIR_SHARE * values.size and min(below, above) > _SIDE_SHARE * (below + above):
+        tissue = tissue[tissue != median]
         median = _lower_median(tissue)
     deviation = np.float32(_ROBUST_DEVIATION) * _lower_median(np.abs(tissue - median))
     deviation = max(deviation, np.float32(1e-6) * (median - floor))

@@ -39,7 +39,7 @@ from cldf_fast.files import atomic_write_bytes, atomic_write_text
 from cldf_fast.pipeline import CLDF
 from cldf_fast.run import DatasetRecord, Run
 from cldf_fast.segmentation import second_view
-from cldf_fast.workflow import open_parts
+from cldf_fast.workflow import check_parts, open_parts
 
 Graphs = dict[str, SegmentationGraph | LabelGraph | BottleneckGraph]
 
@@ -112,6 +112,8 @@ def export(
     }
     at_hand = data is not None or run.config().data.dataset == "phantom"
     parts = open_parts(run.config(), data, run) if at_hand else None
+    if parts is not None:
+        check_parts(parts, ("train", "val"), data)
     window = window or record.window or (None if parts is None else parts["train"].window)
     if parts is not None and len(parts["val"].refs) > 1:
         graphs[BOTTLENECK] = BottleneckGraph(cldf)

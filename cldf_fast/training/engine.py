@@ -90,7 +90,7 @@ def fit(
     where there is one, to the same weights as if it had never stopped (bit for bit with as many threads, on a CPU).
     settings: whatever else decides what is learnt, by name, plain values.
     Raises CheckpointError for a checkpoint that is damaged or was begun with another seed, configuration or settings,
-    and TrainingError where the loss or the weights are not finite; the checkpoint is of before then.
+    and TrainingError where the weights are not finite; the checkpoint is of before then.
     """
     if config.batch_size % fabric.world_size:
         raise ConfigError(
@@ -104,7 +104,7 @@ def fit(
     )
     path = run / f"{name}.checkpoint"
     begun_with = {"seed": seed, **(settings or {})} | {
-        f"optimisation.{key}": value for key, value in flat(config).items() if key not in _OF_FILES_ALONE
+        f"{name}.optimisation.{key}": value for key, value in flat(config).items() if key not in _OF_FILES_ALONE
     }
     first = 0
     if resume and path.exists():
@@ -220,7 +220,8 @@ def _restore(
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         average.update(state["average"])
-        fabric.strategy.precision.load_state_dict(precision)
+        if precision:
+            fabric.strategy.precision.load_state_dict(precision)
         return int(state["step"])
     except CheckpointError:
         raise

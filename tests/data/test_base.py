@@ -310,6 +310,22 @@ def test_standardised_tissue_around_zero_air_keeps_its_range() -> None:
     assert (tissue == 1).float().mean() < 0.01
 
 
+@pytest.mark.parametrize("kind", ["no air", "one value", "few values"])
+def test_images_that_only_look_like_it_are_scaled_as_ever(kind: str) -> None:
+    """A tail towards the dark, a value that is much of the tissue, coarse integers."""
+    generator = torch.Generator().manual_seed(6)
+    if kind == "no air":
+        image = 100 + 20 * torch.randn(1, 1, 200, 200, generator=generator)
+    elif kind == "one value":
+        image = torch.zeros(1, 1, 50, 50)
+        image[..., 5:45, 5:45] = 100
+        image[..., 20:25, 20:25] = 200
+    else:
+        image = torch.randint(11, 15, (1, 1, 60, 60), generator=generator).float()
+        image[..., :10, :] = 0
+    torch.testing.assert_close(normalise_study(image), normalised_by_torch(image), rtol=0, atol=1e-3)
+
+
 def test_a_study_above_the_sampling_bound_is_normalised_alike() -> None:
     # Rows of 512 pixels with tissue in few columns: an even subsample would see air or tissue alone.
     generator = torch.Generator().manual_seed(3)

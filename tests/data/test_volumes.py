@@ -475,6 +475,13 @@ def test_monochrome1_is_inverted_but_for_units_and_rescale_is_by_slice(
     image = read_volume(save_series(tmp_path / "u", pixels, edit=in_units)).image[:, 0].numpy()
     np.testing.assert_array_equal(image, pixels.astype(np.float32) * 2 - 1000)
 
+    def without_modality(index: int, header: Dataset) -> None:
+        header.PhotometricInterpretation = "MONOCHROME1"
+        del header.Modality
+
+    image = read_volume(save_series(tmp_path / "w", pixels, edit=without_modality)).image[:, 0].numpy()
+    np.testing.assert_array_equal(image, (4095 - pixels.astype(np.float32)) * 2 - 1000)
+
     def inverted(index: int, header: Dataset) -> None:
         header.PhotometricInterpretation, header.RescaleSlope, header.Modality = "MONOCHROME1", index + 1, "MR"
 

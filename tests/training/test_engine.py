@@ -235,8 +235,8 @@ def test_a_damaged_checkpoint_is_named(fabric: Fabric, tmp_path: Path, damage: C
     ("change", "named"),
     [
         ({"seed": 6}, "seed 5, which is 6"),
-        ({"config": STEPS.model_copy(update={"steps": 20})}, "optimisation.steps 11, which is 20"),
-        ({"config": STEPS.model_copy(update={"batch_size": 8})}, "optimisation.batch_size 4, which is 8"),
+        ({"config": STEPS.model_copy(update={"steps": 20})}, "cdm.optimisation.steps 11, which is 20"),
+        ({"config": STEPS.model_copy(update={"batch_size": 8})}, "cdm.optimisation.batch_size 4, which is 8"),
         ({"settings": {"cdm.null_probability": 0.2}}, "cdm.null_probability 0.1, which is 0.2"),
     ],
 )
