@@ -67,9 +67,9 @@ def open_parts(
     if name == "phantom":  # whose patients follow from the configuration
         return open_split(name, data, **{"size": config.data.size} | options)
     if run is not None and run.split_file.exists():
-        dataset = open_dataset(name, data, **options)
-        if split := _split_of(run, dataset.subjects, data):
-            given, found = sum(map(len, read_split(run.split_file).values())), sum(map(len, split.values()))
+        dataset, kept = open_dataset(name, data, **options), read_split(run.split_file)
+        if split := _split_of(kept, dataset.subjects, run.split_file, data):
+            given, found = (sum(map(len, each.values())) for each in (kept, split))
             for count, what in (
                 (len(dataset.subjects) - found, f"patients of {data} are not in {run.split_file} and are left out"),
                 (given - found, f"patients of {run.split_file} are not in {data}"),
@@ -90,13 +90,13 @@ def check_parts(parts: Mapping[str, SliceDataset], needed: Sequence[str], data: 
             )
 
 
-def _split_of(run: Run, patients: Sequence[str], data: Path | None) -> Split:
-    """The run's split of these patients, without those that it doesn't know; {} if it knows none: other data."""
+def _split_of(kept: Split, patients: Sequence[str], source: Path, data: Path | None) -> Split:
+    """A run's split of these patients, without those that it doesn't know; {} if it knows none: other data.
+
+    source: where it was kept. Raises SplitError where the folder `data` has a split that differs in a patient.
+    """
     known = set(patients)
-    split = {
-        name: tuple(patient for patient in part if patient in known)
-        for name, part in read_split(run.split_file).items()
-    }
+    split = {name: tuple(patient for patient in part if patient in known) for name, part in kept.items()}
     part_of = {patient: name for name, part in split.items() for patient in part}
     own = None if data is None else find_split(data)
     if part_of and own is not None:
@@ -104,7 +104,7 @@ def _split_of(run: Run, patients: Sequence[str], data: Path | None) -> Split:
             for patient in part:
                 if part_of.get(patient, name) != name:
                     raise SplitError(
-                        f"{own}: patient {patient!r} is in {name!r}, but in {part_of[patient]!r} of {run.split_file}, "
+                        f"{own}: patient {patient!r} is in {name!r}, but in {part_of[patient]!r} of {source}, "
                         "with which networks of the run were trained; train all of them again, or undo this"
                     )
     return {name: part for name, part in split.items() if part}

@@ -107,7 +107,7 @@ class DicomSeries:
         return None if not stated else stated if stated in _MODALITIES else "OT"
 
     def load(self) -> Array:
-        """The voxels float32 [S, 1, H, W], rescaled slice by slice, MONOCHROME1 inverted."""
+        """The voxels float32 [S, 1, H, W], rescaled slice by slice, MONOCHROME1 inverted but for CT and PT."""
         stored = np.empty(self.reorientation.shape, dtype=np.float32)
         for index, path in enumerate(self.files):
             stored[index] = _pixels(path, stored.shape[1:])
@@ -371,7 +371,7 @@ def _pixels(path: Path, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         with disable_value_validation():
             dataset = pydicom.dcmread(path)
             pixels = np.asarray(apply_modality_lut(dataset.pixel_array, dataset), dtype=np.float32)
-            # Which says how to show them: what has a unit is what it is, and of the rest, more is to be brighter.
+            # MONOCHROME1 is about display: what has a unit keeps it, and of the rest, more is to be brighter.
             if dataset.PhotometricInterpretation == "MONOCHROME1" and dataset.get("Modality") not in _IN_UNITS:
                 levels, signed = 1 << dataset.BitsStored, dataset.PixelRepresentation
                 ends = np.array([-levels // 2, levels // 2 - 1] if signed else [0, levels - 1])

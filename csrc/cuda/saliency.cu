@@ -492,7 +492,8 @@ void gradient_saliency(Tensor grad, std::string reduce, double percentile, doubl
   const double* const smoothed =
       smooth(launch, sigma, batch, height, width, average, static_cast<double*>(scratch.mutable_data_ptr()));
   // Some eight pixels a thread.
-  const int64_t team = std::clamp(pixels / (8 * kSelectThreads), int64_t{1}, int64_t{launch.largest_cluster(scale_by_percentile)});
+  const int64_t most = launch.largest_cluster(scale_by_percentile);
+  const int64_t team = std::clamp(pixels / (8 * kSelectThreads), int64_t{1}, most);
   launch(scale_by_percentile, batch * team, kSelectThreads, int(team), smoothed, pixels,
          uint32_t(percentile_rank(percentile, pixels)), static_cast<float*>(maps.mutable_data_ptr()));
 }
