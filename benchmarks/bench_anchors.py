@@ -38,7 +38,7 @@ def ours(labels: Tensor, predicted: Tensor, classes: int, per_class: int, *, imp
 
 def ours_hard(labels: Tensor, predicted: Tensor, classes: int, per_class: int, *, impl: str) -> tuple[Tensor, ...]:
     """By weights: a misclassified pixel is ten times as likely."""
-    weight = torch.where(labels == predicted, 0.1, 1.0)
+    weight = (labels != predicted).float().clamp_(min=0.1)
     return sample_anchors(labels, weight, num_classes=classes, per_class=per_class, seed=0, impl=impl)
 
 

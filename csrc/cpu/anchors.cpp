@@ -10,10 +10,10 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <optional>
 #include <vector>
@@ -35,23 +35,42 @@ const AnchorKernels& kernels() {
   return chosen;
 }
 
-// Sorts by time, which begins at bit 31, a digit after the other from the lowest on. Each pass leaves equals in their
-// order, so that pixels that come in ascending order break ties.
-void sort_by_time(std::vector<uint64_t>& values) {
-  constexpr int kDigit = 8;
+// Values are times with pixels behind them, more or less evenly spread: into at most as many buckets as there are
+// values by their leading bits. What is few to a bucket then hardly moves when it is inserted in its place.
+void sort(std::vector<uint64_t>& values) {
+  constexpr uint32_t kFew = 8;
+  if (values.empty()) return;
+  const auto [least, most] = std::minmax_element(values.begin(), values.end());
+  const uint64_t first = *least, range = *most - first;
+  int shift = 0;
+  while (range >> shift >= values.size()) ++shift;
+  const auto bucket = [=](uint64_t value) { return (value - first) >> shift; };
+  std::vector<uint32_t> ends(bucket(*most) + 2);
+  for (const uint64_t value : values) ++ends[bucket(value) + 1];
+  std::partial_sum(ends.begin(), ends.end(), ends.begin());
   std::vector<uint64_t> sorted(values.size());
-  for (int shift = 31; shift < 63; shift += kDigit) {
-    const auto digit = [&](uint64_t value) { return value >> shift & ((1 << kDigit) - 1); };
-    std::array<size_t, (1 << kDigit) + 1> place{};
-    for (const uint64_t value : values) ++place[digit(value) + 1];
-    std::partial_sum(place.begin(), place.end(), place.begin());
-    for (const uint64_t value : values) sorted[place[digit(value)]++] = value;
-    values.swap(sorted);
+  // The start of a bucket moves on to its end.
+  for (const uint64_t value : values) sorted[ends[bucket(value)]++] = value;
+  ends.pop_back();
+  uint32_t start = 0;
+  for (const uint32_t end : ends) {
+    if (end - start > kFew) std::sort(&sorted[start], &sorted[start] + (end - start));
+    start = end;
   }
+  for (size_t i = 1; i < sorted.size(); ++i) {
+    const uint64_t value = sorted[i];
+    size_t place = i;
+    for (; place > 0 && sorted[place - 1] > value; --place) sorted[place] = sorted[place - 1];
+    sorted[place] = value;
+  }
+  values.swap(sorted);
 }
 
 struct Draw {
   int64_t batch, pixels, classes, per_class;
+  const char* labels;  // [batch, pixels]
+  LabelType label_type;
+  int64_t label_size;  // bytes
   const float* weights;  // [batch, pixels] or null
   const int64_t *seeds, *images;
   int64_t *indices, *counts;  // [batch, classes, per_class], [batch, classes]
@@ -64,15 +83,14 @@ class Race {
   explicit Race(const Draw& draw)
       : d_(draw),
         chunks_(ceil_div(d_.pixels, kChunk)),
-        rows_(d_.batch * d_.pixels),
+        rows_(new Row[size_t(d_.batch * d_.pixels)]),
         counts_(d_.batch * chunks_ * rows()),
         weights_(d_.weights ? counts_.size() : 0),
         limits_(d_.batch * rows(), kNobody),
         collected_(d_.batch * chunks_ * d_.classes) {}
 
-  template <class Label>
-  void run(const Label* labels) {
-    each(d_.batch * chunks_, [&](int64_t task) { count(labels, task); });
+  void run() {
+    each(d_.batch * chunks_, [&](int64_t task) { count(task); });
     for (double patience = 1.0; set_limits(patience); patience *= 4.0)
       each(d_.batch * chunks_, [&](int64_t task) { collect(task); });
     each(d_.batch * d_.classes, [&](int64_t row) { order(row); });
@@ -98,30 +116,16 @@ class Race {
     return {task / chunks_, begin, std::min(begin + kChunk, d_.pixels)};
   }
 
-  template <class Label>
-  void count(const Label* labels, int64_t task) {
+  void count(int64_t task) {
     const Part p = part(task);
-    const int64_t first = p.image * d_.pixels, end = first + p.end, classes = d_.classes, stride = rows();
-    const float* weights = d_.weights;
-    Row* rows_of_pixels = rows_.data();
-    double* sums = weights ? &weights_[task * stride] : nullptr;
-    // Neighbours, often of one class, are counted apart: a counter that was just written can't be read at once.
-    constexpr uint64_t kApart = 4;
-    std::vector<int32_t> counts(kApart * uint64_t(stride));
-    int32_t* counters[kApart];
-    for (uint64_t i = 0; i < kApart; ++i) counters[i] = &counts[i * uint64_t(stride)];
-    for (int64_t at = first + p.begin; at < end; ++at) {
-      // One comparison sees labels below 0 too.
-      int64_t row = int64_t(std::min(uint64_t(int64_t(labels[at])), uint64_t(classes)));
-      if (weights) {
-        row = weights[at] > 0.0f ? row : classes;
-        sums[row] += weights[at];
-      }
-      rows_of_pixels[at] = Row(row);
-      ++counters[uint64_t(at) % kApart][row];
-    }
-    for (int64_t row = 0; row < stride; ++row)
-      for (const int32_t* counter : counters) counts_[task * stride + row] += counter[row];
+    const int64_t at = p.image * d_.pixels + p.begin, size = p.end - p.begin;
+    const float* weights = d_.weights ? d_.weights + at : nullptr;
+    Row* row = &rows_[at];
+    kernels().find_classes(d_.labels + at * d_.label_size, d_.label_type, weights, size, d_.classes, kWide, row);
+    kernels().count_classes(row, kWide, size, d_.classes, &counts_[task * rows()]);
+    if (!weights) return;
+    double* sums = &weights_[task * rows()];
+    for (int64_t i = 0; i < size; i += kSampled) sums[row[i]] += weights[i];
   }
 
   template <class T>
@@ -161,9 +165,9 @@ class Race {
     constexpr int64_t kEverybody = kNever - 1;
     if (wanted >= population) return d_.weights ? kEverybody : kNever;
     if (!d_.weights) return int64_t(wanted / population * 4294967296.0);
-    const double mean_weight = total(weights_, image, label) / population;
+    const double mean_weight = kSampled * total(weights_, image, label) / population;
     const float time = float(-std::log1p(-wanted / population) / mean_weight);
-    if (!(time > 0.0f)) return kEverybody;  // infinite weights
+    if (!(time > 0.0f)) return kEverybody;  // infinite weights; where none was sampled, the time is infinite
     uint32_t bits;
     std::memcpy(&bits, &time, sizeof(bits));
     return bits;
@@ -175,17 +179,36 @@ class Race {
     std::vector<uint64_t>* collected = &collected_[task * d_.classes];
     for (int64_t k = 0; k < d_.classes; ++k)
       if (limits[k] != kNobody) collected[k].clear();
-    uint32_t times[kBlock];
+    // Bounds hold nobody off, limits do.
+    std::vector<uint32_t> bounds(std::max(rows(), kFewRows));
+    for (int64_t k = 0; k < rows(); ++k) bounds[k] = uint32_t(std::max(limits[k], int64_t(0)));
+    uint32_t words[kBlock + kWordsAtOnce], earliest[kBlock], found[kBlock + kFoundAtOnce];
     for (int64_t first = p.begin; first < p.end; first += kBlock) {
-      const int64_t at = p.image * d_.pixels + first, count = std::min(kBlock, p.end - first);
-      kernels().arrival_times(uint64_t(d_.seeds[p.image]), uint64_t(d_.images[p.image]), uint32_t(first), count,
-                              d_.weights ? d_.weights + at : nullptr, times);
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t row = rows_[at + i];
-        if (int64_t(times[i]) <= limits[row])
-          collected[row].push_back(uint64_t(times[i]) << 31 | uint64_t(first + i));
+      const int64_t at = p.image * d_.pixels + first, size = std::min(kBlock, p.end - first);
+      const float* weights = d_.weights ? d_.weights + at : nullptr;
+      const Row* row = &rows_[at];
+      kernels().words(uint64_t(d_.seeds[p.image]), uint64_t(d_.images[p.image]), uint32_t(first), size, words);
+      if (weights) kernels().earliest_times(words, weights, size, earliest);
+      const int64_t count =
+          kernels().find_early(weights ? earliest : words, row, kWide, d_.classes, bounds.data(), size, found);
+      const uint32_t* times = weights ? times_of(words, weights, found, count, earliest) : words;
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t i = found[j], time = times[weights ? j : i];
+        if (time <= limits[row[i]]) collected[row[i]].push_back(uint64_t(time) << 31 | uint64_t(first + i));
       }
     }
+  }
+
+  // The times of the found pixels, side by side.
+  static const uint32_t* times_of(const uint32_t* words, const float* weights, const uint32_t* found, int64_t count,
+                                  uint32_t* times) {
+    float their_weights[kBlock];
+    for (int64_t j = 0; j < count; ++j) {
+      times[j] = words[found[j]];
+      their_weights[j] = weights[found[j]];
+    }
+    kernels().times(times, their_weights, count, times);
+    return times;
   }
 
   void order(int64_t row) {
@@ -196,32 +219,32 @@ class Race {
       const auto& part = collected_[(image * chunks_ + chunk) * d_.classes + label];
       all.insert(all.end(), part.begin(), part.end());
     }
-    sort_by_time(all);
+    sort(all);
     int64_t* indices = d_.indices + row * d_.per_class;
     std::fill_n(indices, d_.per_class, int64_t(-1));
     for (int64_t i = 0; i < count; ++i) indices[i] = int64_t(all[i] & 0x7FFFFFFF);
   }
 
+  static constexpr bool kWide = sizeof(Row) > 1;
   static constexpr int64_t kNobody = -1;
+  static constexpr int64_t kSampled = 4;  // one weight in so many tells how large they are
 
   const Draw d_;
   const int64_t chunks_;
-  std::vector<Row> rows_;                         // [batch, pixels]: the class, or `classes` for none
+  const std::unique_ptr<Row[]> rows_;             // [batch, pixels]: the class, or `classes` for none
   std::vector<int32_t> counts_;                   // [batch, chunks, classes + 1]
-  std::vector<double> weights_;                   // the same, or none
+  std::vector<double> weights_;                   // the same, or none; of every kSampled-th pixel
   std::vector<int64_t> limits_;                   // [batch, classes + 1]
   std::vector<std::vector<uint64_t>> collected_;  // [batch, chunks, classes]: time and pixel
 };
 
-template <class Row>
-void race(const Draw& draw, const Tensor& labels) {
-  Race<Row> race(draw);
+LabelType label_type(const Tensor& labels) {
   switch (labels.scalar_type()) {
-    case ScalarType::Char: return race.run(data<int8_t>(labels));
-    case ScalarType::Byte: return race.run(data<uint8_t>(labels));
-    case ScalarType::Short: return race.run(data<int16_t>(labels));
-    case ScalarType::Int: return race.run(data<int32_t>(labels));
-    default: return race.run(data<int64_t>(labels));
+    case ScalarType::Char: return LabelType::int8;
+    case ScalarType::Byte: return LabelType::uint8;
+    case ScalarType::Short: return LabelType::int16;
+    case ScalarType::Int: return LabelType::int32;
+    default: return LabelType::int64;
   }
 }
 
@@ -232,13 +255,19 @@ void sample_anchors(Tensor labels, std::optional<Tensor> weight, Tensor seed, Te
       .pixels = labels.size(1),
       .classes = indices.size(1),
       .per_class = indices.size(2),
+      .labels = data<const char>(labels),
+      .label_type = label_type(labels),
+      .label_size = int64_t(labels.element_size()),
       .weights = data<float>(weight),
       .seeds = data<int64_t>(seed),
       .images = data<int64_t>(image_index),
       .indices = data<int64_t>(indices),
       .counts = data<int64_t>(counts),
   };
-  draw.classes <= 0xFF ? race<uint8_t>(draw, labels) : race<uint32_t>(draw, labels);
+  if (draw.classes <= 0xFF)
+    Race<uint8_t>(draw).run();
+  else
+    Race<uint32_t>(draw).run();
 }
 
 }  // namespace

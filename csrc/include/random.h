@@ -24,19 +24,23 @@ struct Words {
   uint32_t at[4];
 };
 
-// Philox-4x32 with ten rounds (Salmon et al. 2011).
+// Philox-4x32 with ten rounds (Salmon et al. 2011); cpu/simd/philox.h computes several blocks at once.
+constexpr int kPhiloxRounds = 10;
+constexpr uint32_t kPhiloxFactor0 = 0xD2511F53, kPhiloxFactor1 = 0xCD9E8D57;
+constexpr uint32_t kPhiloxStep0 = 0x9E3779B9, kPhiloxStep1 = 0xBB67AE85;
+
 CLDF_SHARED Words philox4x32(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
   uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
-  for (int round = 0; round < 10; ++round) {
-    // Halves as products of their own: compilers make one instruction of each, and keep vectors 32 bits wide.
-    const uint32_t high0 = uint32_t(uint64_t(c0) * 0xD2511F53u >> 32), low0 = c0 * 0xD2511F53u;
-    const uint32_t high1 = uint32_t(uint64_t(c2) * 0xCD9E8D57u >> 32), low1 = c2 * 0xCD9E8D57u;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    // Halves as products of their own: compilers make one instruction of each.
+    const uint32_t high0 = uint32_t(uint64_t(c0) * kPhiloxFactor0 >> 32), low0 = c0 * kPhiloxFactor0;
+    const uint32_t high1 = uint32_t(uint64_t(c2) * kPhiloxFactor1 >> 32), low1 = c2 * kPhiloxFactor1;
     c0 = high1 ^ c1 ^ k0;
     c2 = high0 ^ c3 ^ k1;
     c1 = low1;
     c3 = low0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    k0 += kPhiloxStep0;
+    k1 += kPhiloxStep1;
   }
   return {{c0, c1, c2, c3}};
 }

@@ -85,6 +85,22 @@ def test_with_weights_backends_agree_but_for_rounding(
     assert torch.equal(indices, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8, torch.int16, torch.int32])
+@pytest.mark.parametrize("classes", [7, 8, 12, 127, 128, 129, 255, 256, 300])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_few_and_many_classes_on_cpu(dtype: torch.dtype, classes: int, weighted: bool) -> None:
+    """As many rows as a vector has lanes and more, labels that their type's sign would mix up, more than a byte's."""
+    needs("cpu", "sample_anchors")
+    info = torch.iinfo(dtype)
+    labels = torch.randint(max(info.min, -400), min(info.max, 400) + 1, (2, 130, 131)).to(dtype)
+    labels[:, ::2] = torch.randint(0, min(classes, 4), labels[:, ::2].shape, dtype=dtype)
+    weight = torch.where(torch.rand(labels.shape) < 0.3, 1.0, 0.1) if weighted else None
+    options = {"num_classes": classes, "per_class": 40, "seed": 3}
+    found = sample_anchors(labels, weight, **options, impl="cpu")
+    expected = sample_anchors(labels, weight, **options, impl="reference")
+    assert all(map(torch.equal, found, expected))
+
+
 def test_the_same_pixels_whatever_the_number_of_threads() -> None:
     needs("cpu", "sample_anchors")
     labels = torch.randint(-1, 3, (2, 300, 211))

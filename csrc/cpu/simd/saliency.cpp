@@ -4,6 +4,7 @@
 #include "../saliency_kernels.h"
 
 #include "../half_precision.h"
+#include "philox.h"
 #include "vector_math.h"
 
 namespace cldf_fast::CLDF_ISA {
@@ -58,15 +59,20 @@ uint64_t hash(const void* x, Dtype dtype, int64_t count, int64_t position) {
 
 void add_noise(const void* x, Dtype dtype, int64_t count, uint64_t seed, int64_t level, int64_t block,
                NoiseScales scales, void* out) {
-  constexpr int64_t kBlocks = kChunk / 4;
-  float by_place[4][kBlocks], noise[kChunk], buffer[kChunk];
+  constexpr int64_t kPairs = kChunk / 2;
+  uint32_t words[kChunk + 4 * kPhiloxBlocks];
+  float firsts[kPairs], seconds[kPairs], noise[kChunk], buffer[kChunk];
   const int64_t blocks = (count + 3) / 4;
-  for (int64_t j = 0; j < blocks; ++j) {
-    const Normals normals = noise_block(seed, uint32_t(level), uint32_t(block + j));
-    for (int place = 0; place < 4; ++place) by_place[place][j] = normals.at[place];
+  philox_blocks(seed, uint32_t(block), uint32_t(level), 0, kNoiseStream, blocks, words);
+  for (int64_t j = 0; j < 2 * blocks; ++j) {
+    const NormalPair pair = normal_pair(words[2 * j], words[2 * j + 1]);
+    firsts[j] = pair.first;
+    seconds[j] = pair.second;
   }
-  for (int64_t j = 0; j < blocks; ++j)
-    for (int place = 0; place < 4; ++place) noise[4 * j + place] = by_place[place][j];
+  for (int64_t j = 0; j < 2 * blocks; ++j) {
+    noise[2 * j] = firsts[j];
+    noise[2 * j + 1] = seconds[j];
+  }
   const float* values = read({x, dtype, 1}, count, buffer);
   float* result = dtype == Dtype::float32 ? static_cast<float*>(out) : noise;
   for (int64_t i = 0; i < count; ++i) result[i] = noised(values[i], noise[i], scales);
