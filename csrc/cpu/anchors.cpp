@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -35,35 +36,33 @@ const AnchorKernels& kernels() {
   return chosen;
 }
 
-// Values are times with pixels behind them, more or less evenly spread: into at most as many buckets as there are
-// values by their leading bits. What is few to a bucket then hardly moves when it is inserted in its place.
+// Values are times with pixels behind them, more or less evenly spread: by their leading 16 bits, a digit after the
+// other from the lower one on, which leaves few to be compared.
 void sort(std::vector<uint64_t>& values) {
-  constexpr uint32_t kFew = 8;
-  if (values.empty()) return;
-  const auto [least, most] = std::minmax_element(values.begin(), values.end());
-  const uint64_t first = *least, range = *most - first;
+  constexpr int kDigit = 8;
+  uint64_t least = UINT64_MAX, most = 0;
+  for (const uint64_t value : values) {
+    least = std::min(least, value);
+    most = std::max(most, value);
+  }
   int shift = 0;
-  while (range >> shift >= values.size()) ++shift;
-  const auto bucket = [=](uint64_t value) { return (value - first) >> shift; };
-  std::vector<uint32_t> ends(bucket(*most) + 2);
-  for (const uint64_t value : values) ++ends[bucket(value) + 1];
-  std::partial_sum(ends.begin(), ends.end(), ends.begin());
+  while (least < most && (most - least) >> shift >> 2 * kDigit) ++shift;
+  const auto key = [=](uint64_t value) { return (value - least) >> shift; };
   std::vector<uint64_t> sorted(values.size());
-  // The start of a bucket moves on to its end.
-  for (const uint64_t value : values) sorted[ends[bucket(value)]++] = value;
-  ends.pop_back();
-  uint32_t start = 0;
-  for (const uint32_t end : ends) {
-    if (end - start > kFew) std::sort(&sorted[start], &sorted[start] + (end - start));
-    start = end;
+  for (int digit = 0; digit < 2; ++digit) {
+    const auto bucket = [=](uint64_t value) { return key(value) >> digit * kDigit & ((1 << kDigit) - 1); };
+    std::array<size_t, (1 << kDigit) + 1> place{};
+    for (const uint64_t value : values) ++place[bucket(value) + 1];
+    std::partial_sum(place.begin(), place.end(), place.begin());
+    for (const uint64_t value : values) sorted[place[bucket(value)]++] = value;
+    values.swap(sorted);
   }
-  for (size_t i = 1; i < sorted.size(); ++i) {
-    const uint64_t value = sorted[i];
-    size_t place = i;
-    for (; place > 0 && sorted[place - 1] > value; --place) sorted[place] = sorted[place - 1];
-    sorted[place] = value;
+  for (auto from = values.begin(); from != values.end();) {
+    auto to = from + 1;
+    while (to != values.end() && key(*to) == key(*from)) ++to;
+    if (to - from > 1) std::sort(from, to);
+    from = to;
   }
-  values.swap(sorted);
 }
 
 struct Draw {
@@ -74,6 +73,16 @@ struct Draw {
   const float* weights;  // [batch, pixels] or null
   const int64_t *seeds, *images;
   int64_t *indices, *counts;  // [batch, classes, per_class], [batch, classes]
+};
+
+struct Weights {
+  double sum, of_squares;
+
+  Weights& operator+=(const Weights& other) {
+    sum += other.sum;
+    of_squares += other.of_squares;
+    return *this;
+  }
 };
 
 // Row: an unsigned integer that holds the number of classes, which stands for pixels of none.
@@ -124,13 +133,13 @@ class Race {
     kernels().find_classes(d_.labels + at * d_.label_size, d_.label_type, weights, size, d_.classes, kWide, row);
     kernels().count_classes(row, kWide, size, d_.classes, &counts_[task * rows()]);
     if (!weights) return;
-    double* sums = &weights_[task * rows()];
-    for (int64_t i = 0; i < size; i += kSampled) sums[row[i]] += weights[i];
+    Weights* sums = &weights_[task * rows()];
+    for (int64_t i = 0; i < size; i += kSampled) sums[row[i]] += Weights{weights[i], double(weights[i]) * weights[i]};
   }
 
   template <class T>
-  double total(const std::vector<T>& of_tasks, int64_t image, int64_t label) const {
-    double sum = 0.0;
+  T total(const std::vector<T>& of_tasks, int64_t image, int64_t label) const {
+    T sum{};
     for (int64_t chunk = 0; chunk < chunks_; ++chunk) sum += of_tasks[(image * chunks_ + chunk) * rows() + label];
     return sum;
   }
@@ -149,9 +158,9 @@ class Race {
     bool lacking = false;
     for (int64_t image = 0; image < d_.batch; ++image)
       for (int64_t label = 0; label < d_.classes; ++label) {
-        const double population = total(counts_, image, label);
+        const int64_t population = total(counts_, image, label);
         const int64_t row = image * d_.classes + label;
-        d_.counts[row] = std::min(int64_t(population), d_.per_class);
+        d_.counts[row] = std::min(population, d_.per_class);
         const bool lacks = arrived(image, label) < d_.counts[row];
         limits_[image * rows() + label] = !lacks ? kNobody : limit(wanted, population, image, label);
         lacking |= lacks;
@@ -159,14 +168,16 @@ class Race {
     return lacking;
   }
 
-  // The time by which so many would arrive on average if all weights were equal; fewer do if they are not. Without
-  // weights times are whole numbers below 2^32, with weights float32 bits.
+  // The time by which about so many will have arrived. Without weights times are whole numbers below 2^32, with weights
+  // float32 bits.
   int64_t limit(double wanted, double population, int64_t image, int64_t label) const {
     constexpr int64_t kEverybody = kNever - 1;
     if (wanted >= population) return d_.weights ? kEverybody : kNever;
     if (!d_.weights) return int64_t(wanted / population * 4294967296.0);
-    const double mean_weight = kSampled * total(weights_, image, label) / population;
-    const float time = float(-std::log1p(-wanted / population) / mean_weight);
+    // By t arrive 1 - exp(-w t) of a pixel: in all about t sum(w) - t^2 sum(w^2) / 2.
+    const Weights sums = total(weights_, image, label);
+    const double soon = wanted / (kSampled * sums.sum);
+    const float time = float(soon * (1.0 + std::min(0.5 * soon * sums.of_squares / sums.sum, 1.0)));
     if (!(time > 0.0f)) return kEverybody;  // infinite weights; where none was sampled, the time is infinite
     uint32_t bits;
     std::memcpy(&bits, &time, sizeof(bits));
@@ -176,9 +187,13 @@ class Race {
   void collect(int64_t task) {
     const Part p = part(task);
     const int64_t* limits = &limits_[p.image * rows()];
+    if (std::all_of(limits, limits + d_.classes, [](int64_t limit) { return limit == kNobody; })) return;
     std::vector<uint64_t>* collected = &collected_[task * d_.classes];
     for (int64_t k = 0; k < d_.classes; ++k)
-      if (limits[k] != kNobody) collected[k].clear();
+      if (limits[k] != kNobody) {
+        collected[k].clear();
+        collected[k].reserve(size_t(2 * d_.per_class / chunks_));
+      }
     // Bounds hold nobody off, limits do.
     std::vector<uint32_t> bounds(std::max(rows(), kFewRows));
     for (int64_t k = 0; k < rows(); ++k) bounds[k] = uint32_t(std::max(limits[k], int64_t(0)));
@@ -227,13 +242,14 @@ class Race {
 
   static constexpr bool kWide = sizeof(Row) > 1;
   static constexpr int64_t kNobody = -1;
-  static constexpr int64_t kSampled = 4;  // one weight in so many tells how large they are
+  // One weight in so many tells how large they are. Odd, or it would often keep to a few columns.
+  static constexpr int64_t kSampled = 7;
 
   const Draw d_;
   const int64_t chunks_;
   const std::unique_ptr<Row[]> rows_;             // [batch, pixels]: the class, or `classes` for none
   std::vector<int32_t> counts_;                   // [batch, chunks, classes + 1]
-  std::vector<double> weights_;                   // the same, or none; of every kSampled-th pixel
+  std::vector<Weights> weights_;                  // the same, or none; of every kSampled-th pixel
   std::vector<int64_t> limits_;                   // [batch, classes + 1]
   std::vector<std::vector<uint64_t>> collected_;  // [batch, chunks, classes]: time and pixel
 };

@@ -12,9 +12,10 @@ template <class Label, class Row>
 void find_classes_of(const Label* labels, Label most, const float* weights, int64_t count, int64_t classes, Row* rows) {
   const Label last = uint64_t(classes - 1) < uint64_t(most) ? Label(classes - 1) : most;
   const Row none = Row(classes);
-  for (int64_t i = 0; i < count; ++i) rows[i] = labels[i] <= last ? Row(labels[i]) : none;
-  if (!weights) return;
-  for (int64_t i = 0; i < count; ++i) rows[i] = weights[i] > 0.0f ? rows[i] : none;
+  if (weights)
+    for (int64_t i = 0; i < count; ++i) rows[i] = (labels[i] <= last) & (weights[i] > 0.0f) ? Row(labels[i]) : none;
+  else
+    for (int64_t i = 0; i < count; ++i) rows[i] = labels[i] <= last ? Row(labels[i]) : none;
 }
 
 template <class Label>
