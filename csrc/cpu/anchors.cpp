@@ -6,7 +6,6 @@
 // exact and depend on nothing but the pixels: times are unique once the pixel's index is appended.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
@@ -99,22 +98,15 @@ class Race {
         collected_(d_.batch * chunks_ * d_.classes) {}
 
   void run() {
-    each(d_.batch * chunks_, [&](int64_t task) { count(task); });
+    share(d_.batch * chunks_, 1, [&](int64_t task) { count(task); });
     for (double patience = 1.0; set_limits(patience); patience *= 4.0)
-      each(d_.batch * chunks_, [&](int64_t task) { collect(task); });
-    each(d_.batch * d_.classes, [&](int64_t row) { order(row); });
+      share(d_.batch * chunks_, 1, [&](int64_t task) { collect(task); });
+    share(d_.batch * d_.classes, 1, [&](int64_t row) { order(row); });
   }
 
  private:
   // Pixels of no class are counted in a row of their own, and so need no branch.
   int64_t rows() const { return d_.classes + 1; }
-
-  template <class F>
-  static void each(int64_t tasks, F f) {
-    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) f(task);
-    });
-  }
 
   // Tasks are the chunks of one image after those of another.
   struct Part {

@@ -2,8 +2,11 @@
 
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <optional>
@@ -47,5 +50,26 @@ T* data(const std::optional<torch::stable::Tensor>& tensor) {
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls f(i) for every i below count, where every thread has its own f = make(), and threads have `grain` each or more.
+// Who is done takes the next few, since cores are not equally fast: results may not depend on which thread does what.
+template <class Make>
+void share_with(int64_t count, int64_t grain, Make make) {
+  if (count <= 0) return;
+  constexpr int64_t kTurns = 8;
+  const int64_t threads = std::min(int64_t(torch::stable::get_num_threads()), ceil_div(count, grain));
+  const int64_t few = std::max(int64_t(1), count / (kTurns * threads));
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    auto f = make();
+    for (int64_t first = next.fetch_add(few); first < count; first = next.fetch_add(few))
+      for (int64_t i = first; i < std::min(first + few, count); ++i) f(i);
+  });
+}
+
+template <class F>
+void share(int64_t count, int64_t grain, F f) {
+  share_with(count, grain, [&] { return [&](int64_t i) { f(i); }; });
+}
 
 }  // namespace cldf_fast

@@ -10,7 +10,6 @@
 // What is to come out is in cldf_fast/ops/reference.py.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
@@ -61,34 +60,25 @@ class Convolution {
  private:
   void hold_weights() const {
     const Scratch weights = scratch(panels_ * panel_size());
-    share(panels_, [&](int64_t panel) { transform_weights(panel, weights.get() + panel * panel_size()); });
-    torch::stable::parallel_for(0, blocks_, 1, [&](int64_t begin, int64_t end) {
-      const Scratch values = scratch(block_size()), products = scratch(products_size());
-      for (int64_t block = begin; block < end; ++block) {
+    share(panels_, 1, [&](int64_t panel) { transform_weights(panel, weights.get() + panel * panel_size()); });
+    share_with(blocks_, 1, [&] {
+      return [&, values = scratch(block_size()), products = scratch(products_size())](int64_t block) {
         transform_tiles(block, values.get());
         for (int64_t panel = 0; panel < panels_; ++panel)
           multiply(block, values.get(), panel, weights.get() + panel * panel_size(), products.get());
-      }
+      };
     });
   }
 
   void hold_tiles() const {
     const Scratch values = scratch(blocks_ * block_size());
-    share(blocks_, [&](int64_t block) { transform_tiles(block, values.get() + block * block_size()); });
-    torch::stable::parallel_for(0, panels_, 1, [&](int64_t begin, int64_t end) {
-      const Scratch weights = scratch(panel_size()), products = scratch(products_size());
-      for (int64_t panel = begin; panel < end; ++panel) {
+    share(blocks_, 1, [&](int64_t block) { transform_tiles(block, values.get() + block * block_size()); });
+    share_with(panels_, 1, [&] {
+      return [&, weights = scratch(panel_size()), products = scratch(products_size())](int64_t panel) {
         transform_weights(panel, weights.get());
         for (int64_t block = 0; block < blocks_; ++block)
           multiply(block, values.get() + block * block_size(), panel, weights.get(), products.get());
-      }
-    });
-  }
-
-  template <class F>
-  static void share(int64_t count, F f) {
-    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) f(i);
+      };
     });
   }
 

@@ -8,7 +8,6 @@
 // What is to come out is in cldf_fast/ops/reference.py.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
@@ -73,9 +72,7 @@ struct Walk {
 
   template <class F>
   static void share(int64_t count, int64_t elements_each, F f) {
-    torch::stable::parallel_for(0, count, ceil_div(kWorthAThread, elements_each), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) f(i);
-    });
+    cldf_fast::share(count, ceil_div(kWorthAThread, elements_each), f);
   }
 
   Place place(int64_t n, int64_t i) const {

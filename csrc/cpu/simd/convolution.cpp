@@ -51,28 +51,40 @@ CLDF_INLINE void transform_products(const Floats (&m)[kReach], Floats (&out)[kSi
   out[3] = 0.5f * odd_a + 2.0f * odd_b + m[5];
 }
 
+// The weights of one input channel and one vector of output channels: by places of the kernel, turned or not.
+typedef float Taps[kTaps * kTaps][kLanes];
+
+CLDF_INLINE void transform_taps(const Taps& taps, int64_t point, float* out) {
+  Floats columns[kTaps][kReach];
+  for (int column = 0; column < kTaps; ++column) {
+    const Floats g[kTaps] = {load(taps[column]), load(taps[kTaps + column]), load(taps[2 * kTaps + column])};
+    transform_weight(g, columns[column]);
+  }
+  for (int row = 0; row < kReach; ++row) {
+    const Floats g[kTaps] = {columns[0][row], columns[1][row], columns[2][row]};
+    Floats points[kReach];
+    transform_weight(g, points);
+    for (int column = 0; column < kReach; ++column) store(out + (row * kReach + column) * point, points[column]);
+  }
+}
+
 void transform_weights(const Weights& weights, int64_t first, int64_t lanes, float* out) {
+  // Taps of several channels are gathered before the first are loaded: a vector can't be read from what was just
+  // written in pieces.
+  constexpr int64_t kGathered = 8;
   const int64_t point = point_stride(weights.in_channels, lanes);
-  for (int64_t lane = 0; lane < lanes; lane += kLanes) {
-    const int64_t present = least(weights.out_channels - first - lane, kLanes);  // 0 or less: all of them are padding
-    for (int64_t c = 0; c < weights.in_channels; ++c) {
-      float gathered[9][kLanes] = {};
-      for (int64_t i = 0; i < present; ++i) {
+  Taps gathered[kGathered] = {};
+  for (int64_t c = 0; c < weights.in_channels; c += kGathered) {
+    const int64_t channels = least(weights.in_channels - c, kGathered);
+    for (int64_t lane = 0; lane < lanes; lane += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const bool present = first + lane + i < weights.out_channels;  // all others are padding
         const float* from = weights.values + (first + lane + i) * weights.out_stride + c * weights.in_stride;
-        for (int k = 0; k < 9; ++k) gathered[k][i] = from[weights.turned ? 8 - k : k];
+        for (int64_t j = 0; j < channels; ++j)
+          for (int k = 0; k < kTaps * kTaps; ++k)
+            gathered[j][weights.turned ? kTaps * kTaps - 1 - k : k][i] = present ? from[j * weights.in_stride + k] : 0.0f;
       }
-      Floats columns[3][kReach];
-      for (int column = 0; column < 3; ++column) {
-        const Floats g[3] = {load(gathered[column]), load(gathered[3 + column]), load(gathered[6 + column])};
-        transform_weight(g, columns[column]);
-      }
-      for (int row = 0; row < kReach; ++row) {
-        const Floats g[3] = {columns[0][row], columns[1][row], columns[2][row]};
-        Floats points[kReach];
-        transform_weight(g, points);
-        for (int column = 0; column < kReach; ++column)
-          store(out + (row * kReach + column) * point + c * lanes + lane, points[column]);
-      }
+      for (int64_t j = 0; j < channels; ++j) transform_taps(gathered[j], point, out + (c + j) * lanes + lane);
     }
   }
 }
