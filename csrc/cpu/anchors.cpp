@@ -1,9 +1,9 @@
 // Class-balanced anchor sampling on the CPU: of every class of every image the pixels that arrive first.
 //
-// A first pass counts pixels and adds up weights, which tells by when somewhat more pixels than are wanted should have
-// arrived. A second pass computes times and collects what arrives by then; only that little is sorted. Where too few
-// have arrived, as with weights of very different sizes, time is given in plenty and the pass repeated. Results are
-// exact and depend on nothing but the pixels: times are unique once the pixel's index is appended.
+// A first pass counts pixels and looks at some weights, which tells by when somewhat more pixels than are wanted should
+// have arrived. A second pass collects what arrives by then; only that little is sorted. Where too few have arrived, as
+// with weights of very different sizes, time is given in plenty and the pass repeated. Results are exact and depend on
+// nothing but the pixels: times are unique once the pixel's index is appended.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -163,14 +163,13 @@ class Race {
   // The time by which about so many will have arrived. Without weights times are whole numbers below 2^32, with weights
   // float32 bits.
   int64_t limit(double wanted, double population, int64_t image, int64_t label) const {
-    constexpr int64_t kEverybody = kNever - 1;
-    if (wanted >= population) return d_.weights ? kEverybody : kNever;
+    if (wanted >= population) return kEverybody;
     if (!d_.weights) return int64_t(wanted / population * 4294967296.0);
-    // By t arrive 1 - exp(-w t) of a pixel: in all about t sum(w) - t^2 sum(w^2) / 2.
+    // As if there were sum(w)^2 / sum(w^2) pixels of one weight.
     const Weights sums = total(weights_, image, label);
-    const double soon = wanted / (kSampled * sums.sum);
-    const float time = float(soon * (1.0 + std::min(0.5 * soon * sums.of_squares / sums.sum, 1.0)));
-    if (!(time > 0.0f)) return kEverybody;  // infinite weights; where none was sampled, the time is infinite
+    const double soon = wanted / (kSampled * sums.sum), share = std::min(soon * sums.of_squares / sums.sum, 0.95);
+    const float time = float(soon * -std::log1p(-share) / share);
+    if (!(time > 0.0f)) return kEverybody;  // weights are infinite, or none was sampled
     uint32_t bits;
     std::memcpy(&bits, &time, sizeof(bits));
     return bits;
@@ -184,12 +183,12 @@ class Race {
     for (int64_t k = 0; k < d_.classes; ++k)
       if (limits[k] != kNobody) {
         collected[k].clear();
-        collected[k].reserve(size_t(2 * d_.per_class / chunks_));
+        collected[k].reserve(size_t(std::min(int64_t(counts_[task * rows() + k]), 2 * d_.per_class / chunks_)));
       }
     // Bounds hold nobody off, limits do.
     std::vector<uint32_t> bounds(std::max(rows(), kFewRows));
     for (int64_t k = 0; k < rows(); ++k) bounds[k] = uint32_t(std::max(limits[k], int64_t(0)));
-    uint32_t words[kBlock + kWordsAtOnce], earliest[kBlock], found[kBlock + kFoundAtOnce];
+    uint32_t words[kBlock + kWordsAtOnce], earliest[kBlock], found[kBlock];
     for (int64_t first = p.begin; first < p.end; first += kBlock) {
       const int64_t at = p.image * d_.pixels + first, size = std::min(kBlock, p.end - first);
       const float* weights = d_.weights ? d_.weights + at : nullptr;
@@ -233,9 +232,9 @@ class Race {
   }
 
   static constexpr bool kWide = sizeof(Row) > 1;
-  static constexpr int64_t kNobody = -1;
-  // One weight in so many tells how large they are. Odd, or it would often keep to a few columns.
-  static constexpr int64_t kSampled = 7;
+  static constexpr int64_t kNobody = -1, kEverybody = UINT32_MAX;
+  // One weight in so many tells how large they are. Images are seldom a multiple of it wide, or few columns would tell.
+  static constexpr int64_t kSampled = 11;
 
   const Draw d_;
   const int64_t chunks_;

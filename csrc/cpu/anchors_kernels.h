@@ -6,9 +6,6 @@
 
 namespace cldf_fast {
 
-// The time of a pixel that is never drawn, for its weight. Without weights it is a time like any other.
-constexpr uint32_t kNever = 0xFFFFFFFF;
-
 enum class LabelType { int8, uint8, int16, int32, int64 };
 
 // Times are those that cldf_fast/ops/reference.py defines: without weights words, with them bits of float32.
@@ -21,17 +18,18 @@ struct AnchorKernels {
   void (*count_classes)(const void* rows, bool wide, int64_t count, int64_t classes, int32_t* counts);
   // Random words of pixels first to first + count - 1. first: a multiple of 4. words: with room for kWordsAtOnce more.
   void (*words)(uint64_t seed, uint64_t image, uint32_t first, int64_t count, uint32_t* words);
-  // No later than the times of pixels by their words and weights, and hardly ever much earlier; cheap to compute.
+  // No later than the times of pixels by their words and weights, and hardly ever much earlier; cheap to compute. Where
+  // a weight is not above 0, anything.
   void (*earliest_times)(const uint32_t* words, const float* weights, int64_t count, uint32_t* times);
   // Finds pixels whose time is at most their row's bound, and writes their numbers, in order; returns how many.
-  // bounds: [classes + 1], with room for kFewRows. found: with room for kFoundAtOnce more.
+  // bounds: [classes + 1], with room for kFewRows. found: with room for `count`.
   int64_t (*find_early)(const uint32_t* times, const void* rows, bool wide, int64_t classes, const uint32_t* bounds,
                         int64_t count, uint32_t* found);
   // The times; in place if `times` is `words`.
   void (*times)(const uint32_t* words, const float* weights, int64_t count, uint32_t* times);
 };
 
-constexpr int64_t kWordsAtOnce = 64, kFoundAtOnce = 8;
+constexpr int64_t kWordsAtOnce = 64;
 // Rows, one for each class and one for none, that are so few that vectors hold something of each.
 constexpr int64_t kFewRows = 8;
 

@@ -51,7 +51,7 @@ T* data(const std::optional<torch::stable::Tensor>& tensor) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls f(i) for every i below count, where every thread has its own f = make(), and threads have `grain` each or more.
+// Calls f(i) for every i below count, where every thread has its own f = make(), and threads have about `grain` each at least.
 // Who is done takes the next few, since cores are not equally fast: results may not depend on which thread does what.
 template <class Make>
 void share_with(int64_t count, int64_t grain, Make make) {

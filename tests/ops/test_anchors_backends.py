@@ -37,7 +37,7 @@ def sized(impl: str, per_class: int) -> int:
 
 SHAPES = [
     (1, 1, 1, 1, 1), (1, 1, 15, 2, 20), (3, 15, 17, 3, 6), (2, 252, 3, 1, 1), (1, 507, 5, 5, 700), (2, 40, 60, 7, 100),
-    (2, 0, 4, 2, 3), (0, 4, 4, 2, 3),
+    (2, 0, 4, 2, 3), (0, 4, 4, 2, 3), (1, 120, 60, 3, 1500),
 ]  # fmt: skip
 
 
@@ -60,6 +60,7 @@ def test_without_weights_all_backends_draw_the_same_pixels(
 WEIGHTS = {
     "even": lambda shape: torch.rand(shape) + 0.5,
     "some never": lambda shape: torch.rand(shape) - 0.3,
+    "denormal": lambda shape: torch.full(shape, 1e-40),
     "tiny": lambda shape: torch.full(shape, 1e-7),
     "of all sizes": lambda shape: torch.exp(20 * torch.randn(shape)),
     "infinite": lambda shape: torch.full(shape, torch.inf),

@@ -1,4 +1,4 @@
-// Classes and arrival times of pixels. Loops over branchless arithmetic, which the compiler turns into vectors.
+// Classes and arrival times of pixels. No branches within loops: most of them the compiler turns into vectors.
 
 #include "../anchors_kernels.h"
 
@@ -7,13 +7,23 @@
 namespace cldf_fast::CLDF_ISA {
 namespace {
 
+uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+// Infinity too. By bits: whether the smallest numbers are above zero is a setting of each thread.
+bool is_positive(float weight) { return bits_of(weight) - 1 < 0x7F800000u; }
+
 // Label: an unsigned type; labels below 0 are above `most`, the largest of the signed one.
 template <class Label, class Row>
 void find_classes_of(const Label* labels, Label most, const float* weights, int64_t count, int64_t classes, Row* rows) {
   const Label last = uint64_t(classes - 1) < uint64_t(most) ? Label(classes - 1) : most;
   const Row none = Row(classes);
   if (weights)
-    for (int64_t i = 0; i < count; ++i) rows[i] = (labels[i] <= last) & (weights[i] > 0.0f) ? Row(labels[i]) : none;
+    for (int64_t i = 0; i < count; ++i)
+      rows[i] = ((labels[i] <= last) & is_positive(weights[i])) ? Row(labels[i]) : none;
   else
     for (int64_t i = 0; i < count; ++i) rows[i] = labels[i] <= last ? Row(labels[i]) : none;
 }
@@ -41,7 +51,8 @@ void find_classes(const void* labels, LabelType type, const float* weights, int6
 
 template <class Row>
 void count_rows(const Row* rows, int64_t count, int64_t classes, int32_t* counts) {
-  // Neighbours, often of one class, are counted apart: a counter that was just written can't be read at once.
+  // Neighbours, often of one class, are counted apart, unless classes are very many: a counter that was just written
+  // can't be read at once.
   constexpr int64_t kApart = 4, kMost = 256;
   int32_t apart[kApart][kMost] = {};
   if (classes < kMost)
@@ -82,21 +93,12 @@ void words(uint64_t seed, uint64_t image, uint32_t first, int64_t count, uint32_
   philox_blocks(seed, first / 4, uint32_t(image), uint32_t(image >> 32), kAnchorStream, (count + 3) / 4, words);
 }
 
-uint32_t bits_of(float time) {
-  uint32_t bits;
-  memcpy(&bits, &time, sizeof(bits));
-  return bits;
-}
-
 void earliest_times(const uint32_t* words, const float* weights, int64_t count, uint32_t* times) {
-  // -ln(1 - u) is not below u. Rounding adds up to 2^-22 of what is left out then, bits 2^-20.
-  constexpr uint32_t kRounding = 16;
   for (int64_t i = 0; i < count; ++i) {
-    // Signed numbers are what instruction sets convert: the word's halves.
+    // -ln(1 - u) is not below u, and rounding keeps that order. Signed numbers are what instruction sets convert: the
+    // word's halves.
     const float word = float(int32_t(words[i] >> 16)) * 65536.0f + float(int32_t(words[i] & 0xFFFF));
-    const uint32_t bits = bits_of(word * 0x1p-32f / weights[i]);
-    const uint32_t earlier = bits > kRounding ? bits - kRounding : 0;
-    times[i] = weights[i] > 0.0f ? earlier : kNever;
+    times[i] = bits_of(word * 0x1p-32f / weights[i]);
   }
 }
 
@@ -148,10 +150,7 @@ int64_t find_early(const uint32_t* times, const void* rows, bool wide, int64_t c
 }
 
 void times(const uint32_t* words, const float* weights, int64_t count, uint32_t* times) {
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = bits_of(exponential_variate(words[i]) / weights[i]);
-    times[i] = weights[i] > 0.0f ? bits : kNever;
-  }
+  for (int64_t i = 0; i < count; ++i) times[i] = bits_of(exponential_variate(words[i]) / weights[i]);
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
 // Winograd's transforms: a vector of channels at a time.
 //
-// F(4 x 4, 3 x 3) of Lavin and Gray (arXiv 1509.09308) by Toom and Cook's construction at the points 0, a, -a, b, -b and
-// infinity, where a = sqrt(1/2) and b = sqrt(2). Values that are each other's inverses keep the matrices' entries near
-// one: in float32 the result is off by 1.7 times what a plain sum of products is off by; the usual points 0, 1, -1, 2, -2
-// make it 4.3 times.
+// F(4 x 4, 3 x 3) of Lavin and Gray (arXiv 1509.09308) by Toom and Cook's construction at the points 0, a, -a, b, -b
+// and infinity, where a = sqrt(1/2) and b = sqrt(2). Values that are each other's inverses keep the matrices' entries
+// near one: in float32 the result is off by 1.7 times what a plain sum of products is off by; the usual points 0, 1, -1,
+// 2, -2 make it 4.3 times.
 
 #include "../convolution_kernels.h"
 
@@ -52,7 +52,8 @@ CLDF_INLINE void transform_products(const Floats (&m)[kReach], Floats (&out)[kSi
 }
 
 // The weights of one input channel and one vector of output channels: by places of the kernel, turned or not.
-typedef float Taps[kTaps * kTaps][kLanes];
+constexpr int64_t kPlaces = kTaps * kTaps;
+typedef float Taps[kPlaces][kLanes];
 
 CLDF_INLINE void transform_taps(const Taps& taps, int64_t point, float* out) {
   Floats columns[kTaps][kReach];
@@ -79,10 +80,11 @@ void transform_weights(const Weights& weights, int64_t first, int64_t lanes, flo
     for (int64_t lane = 0; lane < lanes; lane += kLanes) {
       for (int64_t i = 0; i < kLanes; ++i) {
         const bool present = first + lane + i < weights.out_channels;  // all others are padding
-        const float* from = weights.values + (first + lane + i) * weights.out_stride + c * weights.in_stride;
+        const int64_t at = present ? (first + lane + i) * weights.out_stride + c * weights.in_stride : 0;
+        const float* from = weights.values + at;
         for (int64_t j = 0; j < channels; ++j)
-          for (int k = 0; k < kTaps * kTaps; ++k)
-            gathered[j][weights.turned ? kTaps * kTaps - 1 - k : k][i] = present ? from[j * weights.in_stride + k] : 0.0f;
+          for (int k = 0; k < kPlaces; ++k)
+            gathered[j][weights.turned ? kPlaces - 1 - k : k][i] = present ? from[j * weights.in_stride + k] : 0.0f;
       }
       for (int64_t j = 0; j < channels; ++j) transform_taps(gathered[j], point, out + (c + j) * lanes + lane);
     }
