@@ -86,6 +86,7 @@ def _sweep(
         gathered,
         plan.column_class,
         plan.columns < (len(candidates) if num_differentiable is None else num_differentiable),
+        float(torch.linalg.vector_norm(gathered, dim=1).amax()) if len(gathered) else 0.0,
         temperature,
         variant == "supcon",
         forward,

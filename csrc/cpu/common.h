@@ -9,8 +9,10 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <new>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace cldf_fast {
 
@@ -49,9 +51,33 @@ T* data(const std::optional<torch::stable::Tensor>& tensor) {
   return tensor ? data<T>(*tensor) : nullptr;
 }
 
+// Memory that begins with a cache line and is not initialised.
+template <class T>
+struct CacheLineAllocator {
+  using value_type = T;
+  static constexpr std::align_val_t kLine{64};
+
+  CacheLineAllocator() = default;
+  template <class U>
+  CacheLineAllocator(const CacheLineAllocator<U>&) {}
+
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kLine)); }
+  void deallocate(T* memory, size_t) { ::operator delete(memory, kLine); }
+  template <class U>
+  void construct(U* element) {
+    ::new (element) U;
+  }
+  bool operator==(const CacheLineAllocator&) const = default;
+};
+
+// What vectors are read from and written to: one that lies across two cache lines takes twice as long.
+template <class T>
+using Buffer = std::vector<T, CacheLineAllocator<T>>;
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls f(i) for every i below count, where every thread has its own f = make(), and threads have about `grain` each at least.
+// Calls f(i) for every i below count, where every thread has its own f = make(), and threads have about `grain` each
+// at least.
 // Who is done takes the next few, since cores are not equally fast: results may not depend on which thread does what.
 template <class Make>
 void share_with(int64_t count, int64_t grain, Make make) {

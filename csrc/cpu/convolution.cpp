@@ -13,7 +13,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <memory>
 #include <optional>
 
 #include "common.h"
@@ -35,7 +34,6 @@ constexpr int64_t kBlock = 24;
 
 inline int64_t padded(int64_t channels) { return ceil_div(channels, kAlignment) * kAlignment; }
 
-using Scratch = std::unique_ptr<float[]>;
 
 class Convolution {
  public:
@@ -59,30 +57,30 @@ class Convolution {
 
  private:
   void hold_weights() const {
-    const Scratch weights = scratch(panels_ * panel_size());
-    share(panels_, 1, [&](int64_t panel) { transform_weights(panel, weights.get() + panel * panel_size()); });
+    Buffer<float> weights(panels_ * panel_size());
+    share(panels_, 1, [&](int64_t panel) { transform_weights(panel, weights.data() + panel * panel_size()); });
     share_with(blocks_, 1, [&] {
-      return [&, values = scratch(block_size()), products = scratch(products_size())](int64_t block) {
-        transform_tiles(block, values.get());
+      return [&, values = Buffer<float>(block_size()),
+              products = Buffer<float>(products_size())](int64_t block) mutable {
+        transform_tiles(block, values.data());
         for (int64_t panel = 0; panel < panels_; ++panel)
-          multiply(block, values.get(), panel, weights.get() + panel * panel_size(), products.get());
+          multiply(block, values.data(), panel, weights.data() + panel * panel_size(), products.data());
       };
     });
   }
 
   void hold_tiles() const {
-    const Scratch values = scratch(blocks_ * block_size());
-    share(blocks_, 1, [&](int64_t block) { transform_tiles(block, values.get() + block * block_size()); });
+    Buffer<float> values(blocks_ * block_size());
+    share(blocks_, 1, [&](int64_t block) { transform_tiles(block, values.data() + block * block_size()); });
     share_with(panels_, 1, [&] {
-      return [&, weights = scratch(panel_size()), products = scratch(products_size())](int64_t panel) {
-        transform_weights(panel, weights.get());
+      return [&, weights = Buffer<float>(panel_size()),
+              products = Buffer<float>(products_size())](int64_t panel) mutable {
+        transform_weights(panel, weights.data());
         for (int64_t block = 0; block < blocks_; ++block)
-          multiply(block, values.get() + block * block_size(), panel, weights.get(), products.get());
+          multiply(block, values.data() + block * block_size(), panel, weights.data(), products.data());
       };
     });
   }
-
-  static Scratch scratch(int64_t floats) { return Scratch(new float[floats]); }
 
   int64_t panel_size() const { return kPoints * point_stride(images_.channels, kernels().panel); }
   int64_t block_size() const { return kPoints * point_stride(kBlock, padded(images_.channels)); }

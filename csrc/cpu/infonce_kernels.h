@@ -4,8 +4,6 @@
 
 #include <cstdint>
 
-#include "factor.h"
-
 namespace cldf_fast {
 
 // Anchors that are processed together: widths of tiles are multiples of it.
@@ -20,27 +18,26 @@ struct Columns {
 };
 
 struct InfonceKernels {
-  // out[r, l] = sum over k of x[r, k] y[k, l], or with `add` that much more; rows of y and of out are contiguous, and
-  // `lanes` is a multiple of 16.
-  void (*multiply)(const Factor& x, const float* y, int64_t y_stride, float* out, int64_t out_stride, int64_t rows,
-                   int64_t depth, int64_t lanes, bool add);
+  // out[r, l] = sum over k of x[r, k] y[k, l], or with `add` that much more. Rows begin `stride` floats after one
+  // another; `lanes` is a multiple of 16. The second takes x as [k, r].
+  using Multiply = void(const float* x, int64_t x_stride, const float* y, int64_t y_stride, float* out,
+                        int64_t out_stride, int64_t rows, int64_t depth, int64_t lanes, bool add);
+  Multiply *multiply, *multiply_transposed;
 
-  // Adds the logits of the positives to positive_sum [kGroup].
-  void (*add_positives)(const Columns& tile, double* positive_sum);
+  // Raises top [kGroup] to the largest logits of the denominator. With keep_positives these are no part of it.
+  void (*find_top)(Columns tile, bool keep_positives, float* top);
 
-  // Replaces each logit s of the denominator by exp(s - top) and adds these to sum [kGroup]; top [kGroup] is the
-  // largest of them, minus infinity where there is none. With keep_positives these are no part of the denominator and
-  // stay as they are.
-  void (*exponentiate)(const Columns& tile, bool keep_positives, float* top, double* sum);
+  // Replaces each logit s of the denominator by exp(s - top), or exp(s) where top is minus infinity, and adds these to
+  // sum [kGroup]. With keep_positives those of the positives stay as they are.
+  void (*exponentiate)(Columns tile, bool keep_positives, const float* top, double* sum);
 
   // Replaces the logits s of the positives by sigmoid(lse - s), and adds these to sigmoid_sum and softplus(lse - s) to
   // softplus_sum, both [kGroup].
-  void (*compare_positives)(const Columns& tile, const float* lse, double* softplus_sum, double* sigmoid_sum);
+  void (*compare_positives)(Columns tile, const float* lse, double* softplus_sum, double* sigmoid_sum);
 
-  // Replaces what the functions above left by the gradient of the logits: push exp(gap) times each term of the
-  // denominator. From the positives pull is subtracted; with kept_positives, minus pull times what stands there is put.
-  // All three are [kGroup].
-  void (*weigh)(const Columns& tile, bool kept_positives, const float* push, const float* gap, const float* pull);
+  // Replaces what the functions above left by the gradient of the logits: scale [kGroup] times each term of the
+  // denominator, minus pull [kGroup] times what stands for a positive.
+  void (*weigh)(Columns tile, const float* scale, const float* pull);
 
   // Adds exp(s - shift) of the logits s to lane_sum [kGroup] and, unless it is null, to row_sum [rows]; shift [kGroup].
   void (*add_exponentials)(const float* values, int64_t stride, int64_t rows, const float* shift, double* lane_sum,

@@ -7,9 +7,9 @@
 //
 //   d(sum of g_i loss_i) / ds_ij, both roles of a pair together:  e_ij (g_i / z_i + g_j / z_j) - positives
 //
-// where the positives' part is linear in the features and so needs sums over classes only. A first pass sums z, a
-// second one multiplies. A block of rows is taken at a time, against itself and all later ones, in tiles that the
-// threads share: the order of sums depends on the number of rows alone.
+// where the positives' part needs sums over classes only. A first pass sums z, a second one multiplies. A block of rows
+// is taken at a time, against itself and all later ones, in tiles that the threads share: the order of sums depends on
+// the number of rows alone.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -18,11 +18,13 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <vector>
 
 #include "common.h"
 #include "infonce_kernels.h"
+#include "infonce_positives.h"
 
 namespace {
 
@@ -65,11 +67,17 @@ class SelfSweep {
 
   void run() {
     each_block([&] { sum_block(); });
-    add_positives();
+    std::vector<int64_t> own(p_.count, -1);
+    if (p_.without_self) std::iota(own.begin(), own.end(), 0);
+    const Features features{p_.count, p_.values, p_.padded, nullptr, p_.row_class};
+    const PositivePairs pairs{features, features, p_.dim, own.data(), p_.num_positives, p_.temperature};
+    pairs.each_mean([&](int64_t i, double mean) { p_.loss[i] = std::log(total_[i]) + p_.limit - mean; });
     if (!p_.gradient) return;
-    for (int64_t i = 0; i < p_.count; ++i) weight_[i] = p_.grad[i] ? float(p_.grad[i] / total_[i]) : 0.0f;
+    for (int64_t i = 0; i < p_.count; ++i)
+      weight_[i] = p_.grad[i] ? float(p_.grad[i] / total_[i] / p_.temperature) : 0.0f;
     each_block([&] { differentiate_block(); });
-    pull_positives();
+    const auto gradient = [&](int64_t i) { return p_.gradient + i * p_.padded; };
+    pairs.pull(p_.grad, gradient, gradient);
   }
 
  private:
@@ -107,13 +115,13 @@ class SelfSweep {
   template <class F>
   void each_tile(F f) {
     torch::stable::parallel_for(0, tiles_of_block(), 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> logits(std::max(tile_rows_, kWidth) * kWidth);
+      Buffer<float> logits(std::max(tile_rows_, kWidth) * kWidth);
       for (int64_t t = begin; t < end; ++t) {
         const int64_t offset = (t - 1) * tile_rows_;
         const Tile tile = t == 0 ? Tile{t, first_, valid(), true}
                                  : Tile{t, first_ + valid() + offset, std::min(tile_rows_, later() - offset), false};
-        kernels().multiply({row(tile.first), p_.padded, 1}, transposed_.data(), kWidth, logits.data(), kWidth,
-                           tile.rows, p_.dim, kWidth, false);
+        kernels().multiply(row(tile.first), p_.padded, transposed_.data(), kWidth, logits.data(), kWidth, tile.rows,
+                           p_.dim, kWidth, false);
         if (tile.own && p_.without_self)
           for (int64_t i = 0; i < tile.rows; ++i) logits[i * kWidth + i] = -kInfinity;
         f(tile, logits.data());
@@ -138,10 +146,11 @@ class SelfSweep {
         kernels().weigh_exponentials(logits + at, kWidth, tile.rows, &shift_[at], &weight_[first_ + at],
                                      &weight_[tile.first]);
       if (!tile.own)
-        kernels().multiply({logits, kWidth, 1}, row(first_), p_.padded, p_.gradient + tile.first * p_.padded,
-                           p_.padded, tile.rows, valid(), p_.padded, true);
-      kernels().multiply({logits, 1, kWidth}, row(tile.first), p_.padded, &partial_[tile.index * kWidth * p_.padded],
-                         p_.padded, valid(), tile.rows, p_.padded, false);
+        kernels().multiply(logits, kWidth, row(first_), p_.padded, p_.gradient + tile.first * p_.padded, p_.padded,
+                           tile.rows, valid(), p_.padded, true);
+      kernels().multiply_transposed(logits, kWidth, row(tile.first), p_.padded,
+                                    &partial_[tile.index * kWidth * p_.padded], p_.padded, valid(), tile.rows,
+                                    p_.padded, false);
     });
     const int64_t size = kWidth * p_.padded;
     float* gradient = p_.gradient + first_ * p_.padded;
@@ -151,67 +160,16 @@ class SelfSweep {
     });
   }
 
-  // Calls f(begin, end) for the rows of every class.
-  template <class F>
-  void each_class(F f) const {
-    for (int64_t begin = 0, end; begin < p_.count; begin = end) {
-      end = begin + 1;
-      while (end < p_.count && p_.row_class[end] == p_.row_class[begin]) ++end;
-      f(begin, end);
-    }
-  }
-
-  // The sum of factor(i) times row i over a class, [D'].
-  template <class F>
-  std::vector<double> class_sum(int64_t begin, int64_t end, F factor) const {
-    std::vector<double> sum(p_.padded, 0.0);
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t d = 0; d < p_.padded; ++d) sum[d] += factor(i) * row(i)[d];
-    return sum;
-  }
-
-  // Completes the losses; those of rows without a positive stay what the caller put there.
-  void add_positives() {
-    each_class([&](int64_t begin, int64_t end) {
-      const std::vector<double> sum = class_sum(begin, end, [](int64_t) { return 1.0; });
-      for (int64_t i = begin; i < end; ++i) {
-        if (!p_.num_positives[i]) continue;
-        double positives = 0.0;
-        for (int64_t d = 0; d < p_.padded; ++d)
-          positives += row(i)[d] * (sum[d] - (p_.without_self ? double(row(i)[d]) : 0.0));
-        p_.loss[i] = std::log(total_[i]) + p_.limit - positives / p_.temperature / double(p_.num_positives[i]);
-      }
-    });
-  }
-
-  // Takes the positives' part from the gradient of the denominators, and brings both over the temperature.
-  void pull_positives() {
-    const auto share = [&](int64_t i) {
-      return p_.num_positives[i] ? double(p_.grad[i]) / double(p_.num_positives[i]) : 0.0;
-    };
-    each_class([&](int64_t begin, int64_t end) {
-      const std::vector<double> sum = class_sum(begin, end, [](int64_t) { return 1.0; });
-      const std::vector<double> weighted = class_sum(begin, end, share);
-      for (int64_t i = begin; i < end; ++i) {
-        float* gradient = p_.gradient + i * p_.padded;
-        for (int64_t d = 0; d < p_.padded; ++d) {
-          const double self = p_.without_self ? 2.0 * share(i) * row(i)[d] : 0.0;
-          gradient[d] = float((gradient[d] - (share(i) * sum[d] + weighted[d] - self)) / p_.temperature);
-        }
-      }
-    });
-  }
-
   const float* row(int64_t i) const { return p_.values + i * p_.padded; }
 
   const SelfProblem p_;
   const int64_t tile_rows_, tiles_;
-  int64_t first_ = 0;                      // the block's first row
-  std::vector<float> transposed_, shift_;  // [D, kWidth], [kWidth]
-  std::vector<double> sums_;               // what tiles add to the block's rows, [tiles, kWidth]
-  std::vector<float> partial_;             // [tiles, kWidth, D']
-  std::vector<double> total_;              // z, [n]
-  std::vector<float> weight_;              // g / z, [n] and zeros
+  int64_t first_ = 0;                 // the block's first row
+  Buffer<float> transposed_, shift_;  // [D, kWidth], [kWidth]
+  std::vector<double> sums_;          // what tiles add to the block's rows, [tiles, kWidth]
+  Buffer<float> partial_;             // [tiles, kWidth, D']
+  std::vector<double> total_;         // z, [n]
+  Buffer<float> weight_;              // g / z over the temperature, [n] and zeros
 };
 
 void infonce_self_sweep(Tensor values, Tensor row_class, Tensor num_positives, Tensor grad, int64_t dim,

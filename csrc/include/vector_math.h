@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 // A namespace of its own for every instruction set, given on the command line.
 #ifndef CLDF_ISA
 #error "CLDF_ISA is not defined: see setup.py"
@@ -49,7 +53,15 @@ CLDF_INLINE Doubles load(const double* from) {
 CLDF_INLINE void store(float* to, Floats values) { std::memcpy(to, &values, sizeof(values)); }
 CLDF_INLINE void store(double* to, Doubles values) { std::memcpy(to, &values, sizeof(values)); }
 
+// a > b ? a : b and a < b ? a : b, so that where one of both is NaN the result is b. GCC does not see that AVX has an
+// instruction for that.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+CLDF_INLINE Floats maximum(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+CLDF_INLINE Floats minimum(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+#else
 CLDF_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+CLDF_INLINE Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
+#endif
 
 // The sum of a vector's lanes, halves at a time.
 CLDF_INLINE float sum_of(Floats values) {
@@ -60,10 +72,11 @@ CLDF_INLINE float sum_of(Floats values) {
   return lanes[0];
 }
 
-// exp(x) for x <= 88, within 2 units in the last place; 0 below -87.3 (minus infinity too); NaN stays NaN.
+// exp(x) for x <= 88, within 2 units in the last place; 0 below -87.7 (minus infinity too); NaN stays NaN.
 // exp(x) = 2^n exp(r) with r = x - n ln 2, |r| <= ln(2) / 2, by the polynomial of Cephes (S. Moshier).
 CLDF_INLINE Floats exponential(Floats x) {
-  const Floats clamped = x < -87.3f ? broadcast(-87.3f) : x;
+  // At -88 n is -127, and 2^n then is 0.
+  const Floats clamped = maximum(broadcast(-88.0f), x);
   // Adding 1.5 * 2^23 rounds to the nearest whole number, which then stands in the lowest bits.
   const Floats shifted = clamped * 1.44269504088896341f + 12582912.0f;
   const Floats n = shifted - 12582912.0f;
@@ -80,7 +93,7 @@ CLDF_INLINE Floats exponential(Floats x) {
   bits = (bits - 0x4B400000 + 127) << 23;
   Floats power;
   std::memcpy(&power, &bits, sizeof(power));
-  return x < -87.3f ? Floats{} : p * power;
+  return p * power;
 }
 
 // log(1 + x) for x in [0, 1]: 2 artanh(x / (2 + x)), by its series, which has converged at the ninth term.

@@ -175,6 +175,26 @@ def test_features_of_any_length(impl: str, scale: float, variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_features_of_different_lengths(impl: str, variant: str) -> None:
+    # Anchors are taken by class: of some blocks the lengths bound the logits, of others the largest logit is sought.
+    anchors, candidates, *labels = drawn(*sized(impl, 1100, 507), 17, 4)
+    anchors[labels[0] == 1] *= 20
+    compare(impl, anchors, candidates, *labels, variant=variant, tolerance=5 * tolerance_of(impl, torch.float32))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_far_below_what_lengths_allow(impl: str, variant: str) -> None:
+    # All are near -28, and gradients small differences: rounding shows more than elsewhere.
+    anchors, candidates, *labels = drawn(*sized(impl, 252, 507), 64, 3)
+    direction = normalize(torch.randn(64), dim=0)
+    anchors, candidates = (
+        2.8 * normalize(0.1 * anchors - direction, dim=1),
+        normalize(0.1 * candidates + direction, dim=1),
+    )
+    compare(impl, anchors, candidates, *labels, variant=variant, tolerance=10 * tolerance_of(impl, torch.float32))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize(
     ("count", "dim", "classes", "temperature", "scale"),

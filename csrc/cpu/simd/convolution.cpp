@@ -137,9 +137,8 @@ void transform_tiles(const Images& images, const Tile* tiles, int64_t count, int
 void multiply_points(const float* tiles, int64_t count, int64_t padded, const float* weights, int64_t depth,
                      int64_t lanes, float* products) {
   for (int64_t p = 0; p < kPoints; ++p) {
-    const Factor values{tiles + p * point_stride(count, padded), padded, 1};
-    multiply(values, weights + p * point_stride(depth, lanes), lanes, products + p * point_stride(count, lanes), lanes,
-             count, depth, lanes, false);
+    multiply<Layout::rows>(tiles + p * point_stride(count, padded), padded, weights + p * point_stride(depth, lanes),
+                           lanes, products + p * point_stride(count, lanes), lanes, count, depth, lanes, false);
   }
 }
 

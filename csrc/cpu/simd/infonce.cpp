@@ -16,9 +16,15 @@ constexpr float kInfinity = __builtin_inff();
 constexpr int64_t kFloatRows = 128;
 // Vectors that a pass over a tile takes along: with their sums and whatever an exponential needs they fill the
 // registers.
+#if defined(__AVX512F__)
 constexpr int64_t kWide = 4;
+#else
+constexpr int64_t kWide = 2;
+#endif
 
 // --- Passes ---------------------------------------------------------------------------------------------------------
+
+// Passes take what describes a tile by value: a copy that no store can change stays in registers.
 
 struct Vectors {
   Floats lanes[kWide];
@@ -50,8 +56,8 @@ struct Run {
 
 // Calls f(run) for a tile's candidates and the anchors of kWide vectors.
 template <class F>
-CLDF_INLINE void each_run(const Columns& tile, const int32_t* lane_class, F f) {
-  Run run;
+CLDF_INLINE void each_run(const Columns tile, const int32_t* lane_class, F f) {
+  Run run{};
   for (run.begin = 0; run.begin < tile.rows; run.begin = run.end) {
     const int32_t label = tile.row_class[run.begin];
     run.end = run.begin + 1;
@@ -75,26 +81,9 @@ CLDF_INLINE void each_part(F f) {
   for (int64_t lane = 0; lane < kGroup; lane += kWide * kLanes) f(lane);
 }
 
-void add_positives(const Columns& tile, double* positive_sum) {
+void find_top(const Columns tile, bool keep_positives, float* top) {
   each_part([&](int64_t lane) {
-    each_run(tile, tile.lane_class + lane, [&](const Run& run) {
-      if (!run.any) return;
-      for (int64_t begin = run.begin; begin < run.end; begin += kFloatRows) {
-        Vectors total = filled(0.0f);
-        for (int64_t row = begin; row < least(begin + kFloatRows, run.end); ++row)
-          for (int64_t v = 0; v < kWide; ++v) {
-            const Floats s = load(tile.values + row * tile.stride + lane + v * kLanes);
-            total.lanes[v] += run.positive[v] ? s : Floats{};
-          }
-        add_all(positive_sum + lane, total);
-      }
-    });
-  });
-}
-
-void exponentiate(const Columns& tile, bool keep_positives, float* top, double* sum) {
-  each_part([&](int64_t lane) {
-    Vectors most = filled(-kInfinity);
+    Vectors most = load_all(top + lane);
     each_run(tile, tile.lane_class + lane, [&](const Run& run) {
       if (keep_positives && run.all) return;
       const bool mixed = keep_positives && run.any;
@@ -104,30 +93,43 @@ void exponentiate(const Columns& tile, bool keep_positives, float* top, double* 
           most.lanes[v] = maximum(mixed ? (run.positive[v] ? broadcast(-kInfinity) : s) : s, most.lanes[v]);
         }
     });
-    for (int64_t v = 0; v < kWide; ++v) {
-      store(top + lane + v * kLanes, most.lanes[v]);
-      // With nothing to subtract from, differences with minus infinity would be NaN.
-      most.lanes[v] = most.lanes[v] == -kInfinity ? Floats{} : most.lanes[v];
-    }
-    each_run(tile, tile.lane_class + lane, [&](const Run& run) {
-      if (keep_positives && run.all) return;
-      const bool mixed = keep_positives && run.any;
-      for (int64_t begin = run.begin; begin < run.end; begin += kFloatRows) {
-        Vectors total = filled(0.0f);
-        for (int64_t row = begin; row < least(begin + kFloatRows, run.end); ++row)
-          for (int64_t v = 0; v < kWide; ++v) {
-            float* at = tile.values + row * tile.stride + lane + v * kLanes;
-            const Floats s = load(at), e = exponential(s - most.lanes[v]);
-            store(at, mixed ? (run.positive[v] ? s : e) : e);
-            total.lanes[v] += mixed ? (run.positive[v] ? Floats{} : e) : e;
-          }
-        add_all(sum + lane, total);
+    for (int64_t v = 0; v < kWide; ++v) store(top + lane + v * kLanes, most.lanes[v]);
+  });
+}
+
+// Of one class, or of any where there are no positives to keep.
+template <bool kMixed>
+CLDF_INLINE void exponentiate_run(const Columns tile, int64_t lane, const Run run, const Vectors top, double* sum) {
+  for (int64_t begin = run.begin; begin < run.end; begin += kFloatRows) {
+    Vectors total = filled(0.0f);
+    for (int64_t row = begin; row < least(begin + kFloatRows, run.end); ++row)
+      for (int64_t v = 0; v < kWide; ++v) {
+        float* at = tile.values + row * tile.stride + lane + v * kLanes;
+        const Floats s = load(at), e = exponential(s - top.lanes[v]);
+        store(at, kMixed ? (run.positive[v] ? s : e) : e);
+        total.lanes[v] += kMixed ? (run.positive[v] ? Floats{} : e) : e;
       }
+    add_all(sum + lane, total);
+  }
+}
+
+void exponentiate(const Columns tile, bool keep_positives, const float* top, double* sum) {
+  each_part([&](int64_t lane) {
+    Vectors most = load_all(top + lane);
+    // With nothing to subtract from, differences with minus infinity would be NaN.
+    for (auto& lanes : most.lanes) lanes = lanes == -kInfinity ? Floats{} : lanes;
+    if (!keep_positives) return exponentiate_run<false>(tile, lane, {.begin = 0, .end = tile.rows}, most, sum);
+    each_run(tile, tile.lane_class + lane, [&](const Run& run) {
+      if (run.all) return;
+      if (run.any)
+        exponentiate_run<true>(tile, lane, run, most, sum);
+      else
+        exponentiate_run<false>(tile, lane, run, most, sum);
     });
   });
 }
 
-void compare_positives(const Columns& tile, const float* lse, double* softplus_sum, double* sigmoid_sum) {
+void compare_positives(const Columns tile, const float* lse, double* softplus_sum, double* sigmoid_sum) {
   each_part([&](int64_t lane) {
     const Vectors level = load_all(lse + lane);
     each_run(tile, tile.lane_class + lane, [&](const Run& run) {
@@ -151,20 +153,15 @@ void compare_positives(const Columns& tile, const float* lse, double* softplus_s
   });
 }
 
-void weigh(const Columns& tile, bool kept_positives, const float* push, const float* gap, const float* pull) {
+void weigh(const Columns tile, const float* scale, const float* pull) {
   each_part([&](int64_t lane) {
-    const Vectors pulls = load_all(pull + lane), gaps = load_all(gap + lane);
-    Vectors pushes = load_all(push + lane);
-    for (int64_t v = 0; v < kWide; ++v) pushes.lanes[v] *= exponential(gaps.lanes[v]);
+    const Vectors scales = load_all(scale + lane), pulls = load_all(pull + lane);
     each_run(tile, tile.lane_class + lane, [&](const Run& run) {
       for (int64_t row = run.begin; row < run.end; ++row)
         for (int64_t v = 0; v < kWide; ++v) {
           float* at = tile.values + row * tile.stride + lane + v * kLanes;
-          const Floats value = load(at);
-          Floats slope = pushes.lanes[v] * value;
-          if (run.any && kept_positives) slope = run.positive[v] ? -pulls.lanes[v] * value : slope;
-          if (run.any && !kept_positives) slope -= run.positive[v] ? pulls.lanes[v] : Floats{};
-          store(at, slope);
+          const Floats value = load(at), slope = scales.lanes[v] * value;
+          store(at, run.any ? (run.positive[v] ? -pulls.lanes[v] * value : slope) : slope);
         }
     });
   });
@@ -205,7 +202,8 @@ void weigh_exponentials(float* values, int64_t stride, int64_t rows, const float
 }  // namespace
 
 extern const InfonceKernels infonce_kernels{
-    multiply, add_positives, exponentiate, compare_positives, weigh, add_exponentials, weigh_exponentials,
+    multiply<Layout::rows>, multiply<Layout::columns>, find_top,           exponentiate, compare_positives,
+    weigh,                  add_exponentials,          weigh_exponentials,
 };
 
 }  // namespace cldf_fast::CLDF_ISA

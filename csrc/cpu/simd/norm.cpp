@@ -47,7 +47,7 @@ CLDF_INLINE void each_column(Slab slab, F f) {
 CLDF_INLINE Floats sigmoid(Floats z) {
   // The exponential's range ends at 88, where the quotient is as good as 0.
   const Floats negative = -z;
-  return 1.0f / (1.0f + exponential(negative < 88.0f ? negative : broadcast(88.0f)));
+  return 1.0f / (1.0f + exponential(minimum(broadcast(88.0f), negative)));
 }
 
 void moments(const float* x, Slab slab, const float* pivot, float* sums, float* squares) {

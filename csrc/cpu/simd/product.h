@@ -3,8 +3,6 @@
 
 #pragma once
 
-#include "../factor.h"
-
 #include "vector_math.h"
 
 namespace cldf_fast::CLDF_ISA {
@@ -19,59 +17,73 @@ constexpr int kBlockRows = 6, kBlockVectors = 2;
 constexpr int kBlockRows = 4, kBlockVectors = 2;
 #endif
 
-template <int kRows, int kVectors>
-CLDF_INLINE void multiply_block(const Factor& x, const float* y, int64_t y_stride, float* out, int64_t out_stride,
-                                int64_t depth, bool add) {
+// How a factor lies in memory: the values of a row side by side, or those of a column.
+enum class Layout { rows, columns };
+
+// Two steps at a time: where a core's other thread is busy too, instructions are what is scarce, and those that only
+// count and jump show.
+template <Layout kLayout, int kRows, int kVectors>
+CLDF_INLINE void multiply_block(const float* x, int64_t x_stride, const float* y, int64_t y_stride, float* out,
+                                int64_t out_stride, int64_t depth, bool add) {
+  constexpr bool kOfRows = kLayout == Layout::rows;
+  const int64_t x_step = kOfRows ? 1 : x_stride;
   Floats sum[kRows][kVectors];
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v) sum[r][v] = add ? load(out + r * out_stride + v * kLanes) : Floats{};
-  for (int64_t k = 0; k < depth; ++k) {
+  const auto step = [&](const float* column, const float* row) __attribute__((always_inline)) {
     Floats right[kVectors];
-    for (int v = 0; v < kVectors; ++v) right[v] = load(y + k * y_stride + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) right[v] = load(row + v * kLanes);
     for (int r = 0; r < kRows; ++r) {
-      const Floats left = broadcast(x.values[r * x.row_stride + k * x.depth_stride]);
+      const Floats left = broadcast(column[kOfRows ? r * x_stride : r]);
       for (int v = 0; v < kVectors; ++v) sum[r][v] += left * right[v];
     }
+  };
+  for (; depth >= 2; depth -= 2) {
+    step(x, y);
+    step(x + x_step, y + y_stride);
+    x += 2 * x_step;
+    y += 2 * y_stride;
   }
+  if (depth) step(x, y);
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v) store(out + r * out_stride + v * kLanes, sum[r][v]);
 }
 
 // The last rows, fewer than a block has.
-template <int kRows, int kVectors>
-CLDF_INLINE void multiply_rest(const Factor& x, const float* y, int64_t y_stride, float* out, int64_t out_stride,
-                               int64_t rows, int64_t depth, bool add) {
+template <Layout kLayout, int kRows, int kVectors>
+CLDF_INLINE void multiply_rest(const float* x, int64_t x_stride, const float* y, int64_t y_stride, float* out,
+                               int64_t out_stride, int64_t rows, int64_t depth, bool add) {
   if constexpr (kRows > 0) {
     if (rows == kRows)
-      multiply_block<kRows, kVectors>(x, y, y_stride, out, out_stride, depth, add);
+      multiply_block<kLayout, kRows, kVectors>(x, x_stride, y, y_stride, out, out_stride, depth, add);
     else
-      multiply_rest<kRows - 1, kVectors>(x, y, y_stride, out, out_stride, rows, depth, add);
+      multiply_rest<kLayout, kRows - 1, kVectors>(x, x_stride, y, y_stride, out, out_stride, rows, depth, add);
   }
 }
 
 // As many lanes as kVectors vectors have.
-template <int kVectors>
-void multiply_lanes(const Factor& x, const float* y, int64_t y_stride, float* out, int64_t out_stride, int64_t rows,
-                    int64_t depth, bool add) {
-  int64_t row = 0;
-  const auto at = [&](int64_t r) { return Factor{x.values + r * x.row_stride, x.row_stride, x.depth_stride}; };
-  for (; row + kBlockRows <= rows; row += kBlockRows)
-    multiply_block<kBlockRows, kVectors>(at(row), y, y_stride, out + row * out_stride, out_stride, depth, add);
-  multiply_rest<kBlockRows - 1, kVectors>(at(row), y, y_stride, out + row * out_stride, out_stride, rows - row, depth,
-                                          add);
+template <Layout kLayout, int kVectors>
+void multiply_lanes(const float* x, int64_t x_stride, const float* y, int64_t y_stride, float* out, int64_t out_stride,
+                    int64_t rows, int64_t depth, bool add) {
+  const int64_t next = kLayout == Layout::rows ? x_stride : 1;
+  for (; rows >= kBlockRows; rows -= kBlockRows, x += kBlockRows * next, out += kBlockRows * out_stride)
+    multiply_block<kLayout, kBlockRows, kVectors>(x, x_stride, y, y_stride, out, out_stride, depth, add);
+  multiply_rest<kLayout, kBlockRows - 1, kVectors>(x, x_stride, y, y_stride, out, out_stride, rows, depth, add);
 }
 
 // out[r, l] = sum over k of x[r, k] y[k, l], or with `add` that much more, for all lanes, a multiple of kLanes.
-template <int kVectors = kBlockVectors>
-void multiply(const Factor& x, const float* y, int64_t y_stride, float* out, int64_t out_stride, int64_t rows,
-              int64_t depth, int64_t lanes, bool add) {
+// x_stride: from a row of x to the next, or from a column.
+template <Layout kLayout, int kVectors = kBlockVectors>
+void multiply(const float* x, int64_t x_stride, const float* y, int64_t y_stride, float* out, int64_t out_stride,
+              int64_t rows, int64_t depth, int64_t lanes, bool add) {
   constexpr int64_t kWidth = kVectors * kLanes;
   int64_t lane = 0;
   for (; lane + kWidth <= lanes; lane += kWidth)
-    multiply_lanes<kVectors>(x, y + lane, y_stride, out + lane, out_stride, rows, depth, add);
+    multiply_lanes<kLayout, kVectors>(x, x_stride, y + lane, y_stride, out + lane, out_stride, rows, depth, add);
   if constexpr (kVectors > 1)
     if (lane < lanes)
-      multiply<kVectors - 1>(x, y + lane, y_stride, out + lane, out_stride, rows, depth, lanes - lane, add);
+      multiply<kLayout, kVectors - 1>(x, x_stride, y + lane, y_stride, out + lane, out_stride, rows, depth,
+                                      lanes - lane, add);
 }
 
 }  // namespace
