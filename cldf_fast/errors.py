@@ -59,6 +59,7 @@ WARNINGS = {
     "single_slice": "A DICOM slice alone has no slice distance; 1 mm is assumed.",
     "lossy_compression": "DICOM images that were compressed with loss.",
     "derived_image": "DICOM images that were computed from others (ImageType DERIVED).",
+    "turned_images": "Axial DICOM images whose rows do not run to the patient's left, or columns not to the back.",
     "equal_channels": "Two channels hold the same image: a sequence is missing or given twice.",
     "constant_channel": "One of several channels is the same value everywhere.",
     "other_modality": "DICOM of another Modality than the training images.",

@@ -214,7 +214,8 @@ def open_dicom(files: Sequence[Path], names: Sequence[str], case: str, source: P
     check_affine(affine, source)
     shape = (len(files), *sizes[0])
     # One slice of any orientation is an image of its own; turned, it would be a stack of single lines.
-    as_acquired = len(files) == 1 or int(np.argmax(np.abs(normal))) == 2
+    axial = int(np.argmax(np.abs(normal))) == 2
+    as_acquired = len(files) == 1 or axial
     reorientation = Reorientation((0, 1, 2), (bool(normal[2] < 0), False, False), shape)
     if not as_acquired:
         reorientation = to_canonical(affine, shape)
@@ -230,7 +231,7 @@ def open_dicom(files: Sequence[Path], names: Sequence[str], case: str, source: P
         reorientation=reorientation,
         files=tuple(files[i] for i in order),
         headers=tuple(headers[i] for i in order),
-        warnings=tuple(_doubts(headers, source)),
+        warnings=tuple(_doubts(headers, axial and not (row[0] > 0 and column[1] > 0), source)),
     )
 
 
@@ -272,7 +273,7 @@ def _check_image(path: Path, header: Any) -> None:
         )
 
 
-def _doubts(headers: Sequence[Any], source: Path) -> Iterator[InputWarning]:
+def _doubts(headers: Sequence[Any], turned: bool, source: Path) -> Iterator[InputWarning]:
     if len(headers) == 1:
         yield InputWarning(f"{source}: one slice has no slice distance; 1 mm is assumed", code="single_slice")
     if any(header.get("LossyImageCompression") == "01" for header in headers):
@@ -280,6 +281,12 @@ def _doubts(headers: Sequence[Any], source: Path) -> Iterator[InputWarning]:
     if any("DERIVED" in (header.get("ImageType") or ()) for header in headers):
         yield InputWarning(
             f"{source}: the images were computed from others (ImageType DERIVED), not acquired", code="derived_image"
+        )
+    if turned:
+        yield InputWarning(
+            f"{source}: rows do not run to the patient's left or columns not to the back, as they do in most axial images "
+            f"(was the patient prone?); networks see the images as they are stored",
+            code="turned_images",
         )
 
 

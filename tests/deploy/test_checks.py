@@ -282,6 +282,7 @@ WARNED: list[tuple[str, Callable[[Path, np.random.Generator], Path]]] = [
     ("single_slice", lambda folder, rng: of_series(at(-1))(folder, rng) / "im_2.dcm"),
     ("lossy_compression", of_series(at(3, LossyImageCompression="01"))),
     ("derived_image", of_series(at(-1, ImageType=["DERIVED", "SECONDARY", "MPR"]))),
+    ("turned_images", of_series(at(-1, ImageOrientationPatient=[-1, 0, 0, 0, -1, 0]))),
 ]
 
 
@@ -293,7 +294,7 @@ def test_a_doubtful_input_is_used_with_a_warning(
     code: str,
     make: Callable[[Path, np.random.Generator], Path],
 ) -> None:
-    if code in ("single_slice", "lossy_compression", "derived_image"):
+    if code in ("single_slice", "lossy_compression", "derived_image", "turned_images"):
         pytest.importorskip("highdicom")
     (tmp_path / "SECRET").mkdir()
     source = make(tmp_path / "SECRET", rng)
