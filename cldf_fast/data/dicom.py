@@ -284,7 +284,7 @@ def _doubts(headers: Sequence[Any], turned: bool, source: Path) -> Iterator[Inpu
         )
     if turned:
         yield InputWarning(
-            f"{source}: rows do not run to the patient's left or columns not to the back, as they do in most axial images "
+            f"{source}: rows do not run to the patient's left, or columns not to the back, as is usual "
             f"(was the patient prone?); networks see the images as they are stored",
             code="turned_images",
         )
