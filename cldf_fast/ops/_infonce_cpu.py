@@ -229,14 +229,14 @@ def _self_sweep(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """For features against themselves: weighted sum of the losses, sum of the weights, and gradient float32 [M, D].
 
-    None where exponentials of their logits do not fit into float32 side by side.
+    None where exponentials of their logits, and factors of the gradient, do not fit into float32 side by side.
     """
     labels, columns = labels.sort(stable=True)
     ignored = int(torch.searchsorted(labels, 0))
     labels, columns = labels[ignored:], columns[ignored:]
     values = _in_order_of_classes(features, columns)
     limit = float(values.square().sum(dim=1).amax()) / temperature if len(values) else 0.0
-    if not limit <= 40:
+    if not limit <= 30:  # as kBounded of csrc/cpu/infonce.cpp
         return None
     _, column_class, sizes = labels.unique_consecutive(return_inverse=True, return_counts=True)
     size = sizes[column_class]

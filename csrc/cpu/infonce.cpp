@@ -2,7 +2,7 @@
 //
 // A block of anchors is taken at a time, against all candidates. These are cut into tiles, which the threads share, and
 // tiles into pieces that stay in the fastest caches. On its way over the candidates a block's forward pass completes
-// the gradients of the block before: what both read is there then, and threads wait for one another once a block.
+// the gradients of the block before: what both read is there then, and threads wait for one another less often.
 // Results do not depend on how many threads there are: the cut into tiles is a matter of the number of candidates only,
 // and what tiles contribute to an anchor is added in their order.
 //
@@ -39,7 +39,8 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kHeld = 65536;
 // Candidates whose terms against one block, and whose features, are in the fastest caches together.
 constexpr int64_t kPiece = 64;
-// Logits of at most this size, positive or negative, have exponentials side by side in float32, with room for factors.
+// Logits of at most this size, positive or negative, have exponentials side by side in float32, and quotients of these
+// have room there for factors of up to 1e12: temperature, lengths, and what the losses are weighted by.
 constexpr float kBounded = 30.0f;
 
 const InfonceKernels& kernels() {
@@ -69,8 +70,8 @@ class Sweep {
  public:
   explicit Sweep(const Problem& problem)
       : p_(problem),
-        // Some sixteen tiles, none so small that its overhead shows. Larger blocks of anchors where candidates are few,
-        // and where their gradient, which every block goes over, is long.
+        // Some sixteen tiles, but none so small that its overhead shows or too large for the caches. Larger blocks of
+        // anchors where candidates are few, and where their gradient, which every block goes over, is long.
         tile_rows_(kGroup * std::clamp(ceil_div(p_.candidates, 16 * kGroup), int64_t{2}, int64_t{8})),
         width_(kGroup * std::clamp(std::max(2048 / std::max(p_.candidates, int64_t{1}), p_.dim / 128), int64_t{1},
                                    int64_t{4})),
@@ -95,7 +96,7 @@ class Sweep {
       }
     }
     if (unfinished_) finish();
-    if (p_.supcon) add_positives();
+    if (p_.supcon && p_.grad) pull_positives();
   }
 
  private:
@@ -199,28 +200,29 @@ class Sweep {
       f(Columns{tile.terms + at, width_, tile.rows, p_.column_class + tile.first, block.classes.data() + at}, at);
   }
 
-  // The anchor itself is in no sum: at minus infinity the exponential vanishes, at plus infinity softplus and sigmoid
-  // of a positive do.
-  void leave_out_own(const Block& block, const Tile& tile) const {
+  // Puts a value where a candidate of the tile is the anchor itself, for those that are among their own positives, or
+  // not among them.
+  void set_own(const Block& block, const Tile& tile, float among_positives, float among_negatives) const {
     if (block.own_end <= tile.first || block.own_begin >= tile.first + tile.rows) return;
     for (int64_t i = 0; i < block.valid; ++i) {
       const int64_t row = block.own[i] - tile.first;
       if (block.own[i] < 0 || row < 0 || row >= tile.rows) continue;
-      const bool compared = !p_.supcon && p_.column_class[block.own[i]] == block.classes[i];
-      tile.terms[row * width_ + i] = compared ? kInfinity : -kInfinity;
+      tile.terms[row * width_ + i] =
+          p_.column_class[block.own[i]] == block.classes[i] ? among_positives : among_negatives;
     }
   }
 
   const float* candidates(const Tile& tile) const { return p_.candidate_values + tile.first * p_.padded; }
 
-  // The tile's logits, then the terms of its denominator in their place, and their sums. Calls before(piece) when a
-  // piece's turn comes, and after(piece) when its terms are there.
+  // The tile's logits, then the terms of its denominator in their place, and their sums; for "supcon" also those of the
+  // positives' logits. Calls before(piece) when a piece's turn comes, and after(piece) when its terms are there.
   template <class Before, class After>
   void compute(Block& block, const Tile& tile, Before before, After after) const {
     float* top = &block.top[tile.index * width_];
-    double* sums = &block.sums[tile.index * width_];
+    double *sums = &block.sums[tile.index * width_], *positive_sums = &block.more_sums[tile.index * width_];
     for (int64_t i = 0; i < width_; ++i) top[i] = block.bounded ? block.bound[i] : -kInfinity;
     std::fill_n(sums, width_, 0.0);
+    std::fill_n(positive_sums, width_, 0.0);
     const auto exponentiate = [&](const Tile& piece) {
       each_group(block, piece, [&](const Columns& columns, int64_t i) {
         kernels().exponentiate(columns, !p_.supcon, top + i, sums + i);
@@ -231,7 +233,15 @@ class Sweep {
       before(piece);
       kernels().multiply(candidates(piece), p_.padded, block.transposed.data(), width_, piece.terms, width_, piece.rows,
                          p_.dim, lanes(block), false);
-      leave_out_own(block, piece);
+      if (p_.supcon && p_.forward) {
+        set_own(block, piece, 0.0f, 0.0f);
+        each_group(block, piece, [&](const Columns& columns, int64_t i) {
+          kernels().add_positives(columns, positive_sums + i);
+        });
+      }
+      // The anchor itself is in no sum: at minus infinity the exponential vanishes, at plus infinity softplus and
+      // sigmoid do.
+      set_own(block, piece, p_.supcon ? -kInfinity : kInfinity, -kInfinity);
       if (block.bounded)
         exponentiate(piece);
       else
@@ -255,7 +265,7 @@ class Sweep {
   // anchors begin here: its terms are what they are made of, but for a factor that can follow.
   void forward(Block& block) {
     std::vector<float> top(width_, -kInfinity);
-    std::vector<double> sum(width_, 0.0);
+    std::vector<double> sum(width_, 0.0), positive_sum(width_, 0.0);
     for (int64_t chunk = 0; chunk < p_.candidates; chunk += held_) {
       each_tile(chunk, [&](const Tile& tile) {
         Buffer<float> memory;
@@ -278,14 +288,17 @@ class Sweep {
         // A tile without any term of the denominator has added nothing, unless it is NaN.
         const bool scaled = now != top[i] && now != -kInfinity;
         sum[i] += scaled ? block.sums[part] * std::exp(now - top[i]) : block.sums[part];
+        positive_sum[i] += block.more_sums[part];
       });
     }
     if (unfinished_ && !p_.supcon) collect(*unfinished_, 0);
+    for (int64_t i = 0; i < block.valid; ++i) p_.lse[block.first + i] = std::log(sum[i]) + top[i];
+    if (!p_.supcon) return compare_all(block);
     for (int64_t i = 0; i < block.valid; ++i) {
-      p_.lse[block.first + i] = std::log(sum[i]) + top[i];
-      p_.weight[block.first + i] = 1.0;
+      const int64_t row = block.first + i;
+      p_.loss[row] = p_.lse[row] - positive_sum[i] / double(p_.num_positives[row]);
+      p_.weight[row] = 1.0;
     }
-    if (!p_.supcon) compare_all(block);
   }
 
   // Loss and weight of "per_positive".
@@ -438,8 +451,8 @@ class Sweep {
     });
   }
 
-  // The part of "supcon" that the denominator has none in.
-  void add_positives() {
+  // Takes the positives' part of "supcon" from the gradients.
+  void pull_positives() {
     const PositivePairs pairs{
         .anchors = {p_.count, p_.anchor_values, p_.dim, p_.rows, p_.row_class},
         .candidates = {p_.candidates, p_.candidate_values, p_.padded, nullptr, p_.column_class},
@@ -448,8 +461,6 @@ class Sweep {
         .num_positives = p_.num_positives,
         .temperature = p_.temperature,
     };
-    if (p_.forward) pairs.each_mean([&](int64_t i, double mean) { p_.loss[i] = p_.lse[i] - mean; });
-    if (!p_.grad) return;
     pairs.pull(
         p_.grad,
         [&](int64_t i) -> float* { return p_.grad_anchors ? p_.grad_anchors + p_.rows[i] * p_.dim : nullptr; },

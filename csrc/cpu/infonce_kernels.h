@@ -24,6 +24,9 @@ struct InfonceKernels {
                         int64_t out_stride, int64_t rows, int64_t depth, int64_t lanes, bool add);
   Multiply *multiply, *multiply_transposed;
 
+  // Adds the logits of the positives to positive_sum [kGroup].
+  void (*add_positives)(Columns tile, double* positive_sum);
+
   // Raises top [kGroup] to the largest logits of the denominator. With keep_positives these are no part of it.
   void (*find_top)(Columns tile, bool keep_positives, float* top);
 

@@ -46,7 +46,7 @@ struct PositivePairs {
   }
 
   // Takes the gradient of grad [anchors] times these means from the gradients of both sides, each given as a pointer to
-  // a row, or null where it is not wanted.
+  // a row, or null where it is not wanted. The parts of a gradient that nearly vanishes are rounded apart.
   template <class AnchorGradient, class CandidateGradient>
   void pull(const float* grad, AnchorGradient of_anchor, CandidateGradient of_candidate) const {
     const auto share = [&](int64_t i) {
@@ -54,18 +54,22 @@ struct PositivePairs {
     };
     each_class([&](Range of_anchors, Range of_candidates) {
       const std::vector<double> sum = sum_of(candidates, of_candidates, [](int64_t) { return 1.0; });
-      const std::vector<double> weighted = sum_of(anchors, of_anchors, share);
-      const auto take = [&](float* gradient, const std::vector<double>& from, double factor, const float* self) {
-        if (!gradient) return;
-        for (int64_t d = 0; d < dim; ++d)
-          gradient[d] -= float(factor * (from[d] - (self ? double(self[d]) : 0.0)));
-      };
-      for (int64_t j = of_candidates.begin; j < of_candidates.end; ++j) take(of_candidate(j), weighted, 1.0, nullptr);
       for (int64_t i = of_anchors.begin; i < of_anchors.end; ++i) {
         const float* self = own_positive(i, of_candidates);
-        take(of_anchor(i), sum, share(i), self);
-        float* gradient = self ? of_candidate(own[i]) : nullptr;
-        for (int64_t d = 0; gradient && d < dim; ++d) gradient[d] += float(share(i) * anchors[i][d]);
+        float* gradient = of_anchor(i);
+        for (int64_t d = 0; gradient && d < dim; ++d)
+          gradient[d] -= float(share(i) * (sum[d] - (self ? double(self[d]) : 0.0)));
+      }
+      const std::vector<double> weighted = sum_of(anchors, of_anchors, share);
+      const std::vector<int64_t> selves = by_own(of_anchors, of_candidates);
+      auto self = selves.begin();
+      std::vector<double> others(dim);
+      for (int64_t j = of_candidates.begin; j < of_candidates.end; ++j) {
+        others = weighted;
+        for (; self != selves.end() && own[*self] == j; ++self)
+          for (int64_t d = 0; d < dim; ++d) others[d] -= share(*self) * anchors[*self][d];
+        float* gradient = of_candidate(j);
+        for (int64_t d = 0; gradient && d < dim; ++d) gradient[d] -= float(others[d]);
       }
     });
   }
@@ -99,6 +103,16 @@ struct PositivePairs {
       for (int64_t d = 0; d < dim; ++d) sum[d] += weight * row[d];
     }
     return sum;
+  }
+
+  // Those anchors that are among their own positives, by which of them they are.
+  std::vector<int64_t> by_own(Range of_anchors, Range positives) const {
+    std::vector<int64_t> selves;
+    for (int64_t i = of_anchors.begin; i < of_anchors.end; ++i)
+      if (own_positive(i, positives)) selves.push_back(i);
+    const auto before = [&](int64_t i, int64_t j) { return own[i] < own[j]; };
+    if (!std::is_sorted(selves.begin(), selves.end(), before)) std::stable_sort(selves.begin(), selves.end(), before);
+    return selves;
   }
 
   // The anchor as one of its own positives, or null.

@@ -71,7 +71,10 @@ class SelfSweep {
     if (p_.without_self) std::iota(own.begin(), own.end(), 0);
     const Features features{p_.count, p_.values, p_.padded, nullptr, p_.row_class};
     const PositivePairs pairs{features, features, p_.dim, own.data(), p_.num_positives, p_.temperature};
-    pairs.each_mean([&](int64_t i, double mean) { p_.loss[i] = std::log(total_[i]) + p_.limit - mean; });
+    pairs.each_mean([&](int64_t i, double mean) {
+      const double loss = std::log(total_[i]) + p_.limit - mean;
+      p_.loss[i] = loss < 0.0 ? 0.0 : loss;  // by rounding; NaN stays
+    });
     if (!p_.gradient) return;
     for (int64_t i = 0; i < p_.count; ++i)
       weight_[i] = p_.grad[i] ? float(p_.grad[i] / total_[i] / p_.temperature) : 0.0f;
@@ -197,7 +200,7 @@ void infonce_self_sweep(Tensor values, Tensor row_class, Tensor num_positives, T
 // All tensors contiguous, rows sorted by class:
 //   values float32 [n, D'], D' the next multiple of 16 and zeros beyond D = dim; row_class int32 [n]
 //   num_positives int64 [n], 0 for rows that do not count; grad float32 [n], the gradient of each loss, 0 for those
-//   limit: no logit is larger, and none smaller than -limit; exp(-2 limit) has to be a float32
+//   limit: no logit is larger, and none smaller than -limit; exp(2 limit) grad / temperature has to be a float32
 //   loss float64 [n], written where a row counts; gradient float32 [n, D'], zeros, or none: added to
 STABLE_TORCH_LIBRARY_FRAGMENT(cldf_fast, m) {
   m.def("infonce_self_sweep(Tensor values, Tensor row_class, Tensor num_positives, Tensor grad, int dim, "

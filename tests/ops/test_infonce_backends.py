@@ -194,6 +194,45 @@ def test_logits_far_below_what_lengths_allow(impl: str, variant: str) -> None:
     compare(impl, anchors, candidates, *labels, variant=variant, tolerance=10 * tolerance_of(impl, torch.float32))
 
 
+@pytest.mark.parametrize("temperature", [0.01, 0.03, 0.07])
+def test_no_loss_is_negative(impl: str, temperature: float) -> None:
+    # One positive each, nearly the anchor itself: the loss is a small difference of large logits.
+    anchors = normalize(torch.randn(40, 64), dim=1)
+    candidates = normalize(anchors + 0.01 * torch.randn(40, 64), dim=1)
+    labels = torch.arange(40)
+    options = {"temperature": temperature, "variant": "supcon", "impl": impl}
+    assert (pixel_infonce(anchors, candidates, labels, labels, **options) >= 0).all()
+    both, labels = torch.cat([anchors, candidates]), labels.repeat(2)
+    assert pixel_infonce(both, both, labels, labels, self_index=torch.arange(80), reduction="mean", **options) >= 0
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_an_anchor_that_outweighs_all_others_does_not_pull_itself(impl: str, together: bool) -> None:
+    features = [x.requires_grad_() for x in drawn(40, 40, 16, 2)[:2]]
+    labels, weight = torch.randint(2, (40,)), torch.ones(40)
+    weight[3] = 1e6
+    gradients = []
+    for backend, dtype in (("reference", torch.float64), (impl, torch.float32)):
+        x, y = (x.to(dtype) for x in (features[:1] * 2 if together else features))
+        own = torch.arange(40)
+        loss = pixel_infonce(
+            x,
+            y,
+            labels,
+            labels,
+            self_index=own,
+            variant="supcon",
+            anchor_weight=weight.to(dtype),
+            reduction="sum",
+            impl=backend,
+        )
+        wanted = features[:1] if together else features
+        gradients.append(torch.autograd.grad(loss, wanted))
+    for exact, found in zip(*gradients, strict=True):
+        error = (found.double() - exact).norm(dim=1) / exact.double().norm(dim=1)
+        assert error.max() < 5 * tolerance_of(impl, torch.float32)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize(

@@ -81,6 +81,23 @@ CLDF_INLINE void each_part(F f) {
   for (int64_t lane = 0; lane < kGroup; lane += kWide * kLanes) f(lane);
 }
 
+void add_positives(const Columns tile, double* positive_sum) {
+  each_part([&](int64_t lane) {
+    each_run(tile, tile.lane_class + lane, [&](const Run& run) {
+      if (!run.any) return;
+      for (int64_t begin = run.begin; begin < run.end; begin += kFloatRows) {
+        Vectors total = filled(0.0f);
+        for (int64_t row = begin; row < least(begin + kFloatRows, run.end); ++row)
+          for (int64_t v = 0; v < kWide; ++v) {
+            const Floats s = load(tile.values + row * tile.stride + lane + v * kLanes);
+            total.lanes[v] += run.positive[v] ? s : Floats{};
+          }
+        add_all(positive_sum + lane, total);
+      }
+    });
+  });
+}
+
 void find_top(const Columns tile, bool keep_positives, float* top) {
   each_part([&](int64_t lane) {
     Vectors most = load_all(top + lane);
@@ -202,8 +219,8 @@ void weigh_exponentials(float* values, int64_t stride, int64_t rows, const float
 }  // namespace
 
 extern const InfonceKernels infonce_kernels{
-    multiply<Layout::rows>, multiply<Layout::columns>, find_top,           exponentiate, compare_positives,
-    weigh,                  add_exponentials,          weigh_exponentials,
+    multiply<Layout::rows>, multiply<Layout::columns>, add_positives,    find_top,           exponentiate,
+    compare_positives,      weigh,                     add_exponentials, weigh_exponentials,
 };
 
 }  // namespace cldf_fast::CLDF_ISA
