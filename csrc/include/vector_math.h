@@ -50,6 +50,12 @@ CLDF_INLINE Doubles load(const double* from) {
   return values;
 }
 
+CLDF_INLINE Ints load(const int32_t* from) {
+  Ints values;
+  std::memcpy(&values, from, sizeof(values));
+  return values;
+}
+
 CLDF_INLINE void store(float* to, Floats values) { std::memcpy(to, &values, sizeof(values)); }
 CLDF_INLINE void store(double* to, Doubles values) { std::memcpy(to, &values, sizeof(values)); }
 
@@ -62,6 +68,14 @@ CLDF_INLINE Floats minimum(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 CLDF_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 CLDF_INLINE Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
 #endif
+
+// The lower (0) or upper (1) half of a vector's lanes.
+CLDF_INLINE Doubles half_of(Floats values, int64_t half) {
+  typedef float Half __attribute__((vector_size(kDoubles * sizeof(float))));
+  Half lanes;
+  std::memcpy(&lanes, reinterpret_cast<const char*>(&values) + half * sizeof(lanes), sizeof(lanes));
+  return __builtin_convertvector(lanes, Doubles);
+}
 
 // The sum of a vector's lanes, halves at a time.
 CLDF_INLINE float sum_of(Floats values) {

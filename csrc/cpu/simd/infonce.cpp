@@ -43,8 +43,8 @@ CLDF_INLINE Vectors load_all(const float* from) {
 }
 
 CLDF_INLINE void add_all(double* to, const Vectors& vectors) {
-  for (int64_t v = 0; v < kWide; ++v)
-    for (int64_t i = 0; i < kLanes; ++i) to[v * kLanes + i] += double(vectors.lanes[v][i]);
+  for (const Floats& lanes : vectors.lanes)
+    for (int64_t half = 0; half < 2; ++half, to += kDoubles) store(to, load(to) + half_of(lanes, half));
 }
 
 // Candidates of one class, one after the other, and which of some anchors have them as positives.
@@ -62,13 +62,13 @@ CLDF_INLINE void each_run(const Columns tile, const int32_t* lane_class, F f) {
     const int32_t label = tile.row_class[run.begin];
     run.end = run.begin + 1;
     while (run.end < tile.rows && tile.row_class[run.end] == label) ++run.end;
+    Ints counts{};
+    for (int64_t v = 0; v < kWide; ++v) {
+      run.positive[v] = load(lane_class + v * kLanes) == label;
+      counts -= run.positive[v];
+    }
     int64_t count = 0;
-    for (int64_t v = 0; v < kWide; ++v)
-      for (int64_t i = 0; i < kLanes; ++i) {
-        const bool positive = lane_class[v * kLanes + i] == label;
-        run.positive[v][i] = positive ? -1 : 0;
-        count += positive;
-      }
+    for (int64_t i = 0; i < kLanes; ++i) count += counts[i];
     run.any = count > 0;
     run.all = count == kWide * kLanes;
     f(run);
