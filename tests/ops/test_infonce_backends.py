@@ -206,6 +206,23 @@ def test_no_loss_is_negative(impl: str, temperature: float) -> None:
     assert pixel_infonce(both, both, labels, labels, self_index=torch.arange(80), reduction="mean", **options) >= 0
 
 
+@pytest.mark.parametrize("bound", [29.0, 39.0])
+def test_weights_do_not_overflow_where_all_others_are_opposite(impl: str, bound: float) -> None:
+    # The first one's denominator is as small as lengths allow, and what the gradient divides by it as large.
+    temperature, weight = 1e-3, 300.0
+    direction = normalize(torch.randn(1, 16), dim=1)
+    features = math.sqrt(bound * temperature) * torch.cat([direction, -direction, -direction])
+    labels, own = torch.tensor([0, 0, 1]), torch.arange(3)
+    gradients = []
+    for backend, dtype in (("reference", torch.float64), (impl, torch.float32)):
+        x = features.to(dtype).requires_grad_()
+        options = {"self_index": own, "temperature": temperature, "variant": "supcon", "reduction": "sum"}
+        weights = torch.full((3,), weight, dtype=dtype)
+        loss = pixel_infonce(x, x, labels, labels, anchor_weight=weights, impl=backend, **options)
+        gradients.append(torch.autograd.grad(loss, x)[0])
+    assert relative(gradients[1], gradients[0]) < 10 * tolerance_of(impl, torch.float32)
+
+
 @pytest.mark.parametrize("together", [False, True])
 def test_an_anchor_that_outweighs_all_others_does_not_pull_itself(impl: str, together: bool) -> None:
     features = [x.requires_grad_() for x in drawn(40, 40, 16, 2)[:2]]
